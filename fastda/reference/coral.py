@@ -1,0 +1,165 @@
+"""CORAL: the distance between the covariances of two domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import checks
+from .covariance import moments
+from .distributed import check_group
+from .precision import no_autocast
+from .reduction import REDUCTIONS, reduce
+
+SCALES = ("paper", "mean", "sum")
+
+
+def scale_factor(scale: str, num_features: int) -> float:
+    """What the squared Frobenius norm is multiplied by: 1/(4d²), 1/d² or 1."""
+    if scale == "sum":
+        return 1.0
+    d = max(num_features, 1)  # without features there is no difference to scale
+    return 1 / (4 * d * d) if scale == "paper" else 1 / (d * d)
+
+
+def check_coral(source, target, correction, scale, mean_weight, reduction) -> tuple[Tensor, Tensor]:
+    """All that can be wrong with the arguments, but for the number of samples; the features, in one dtype."""
+    source, target = checks.features("(..., samples, features)", source=source, target=target)
+    checks.matching("target", target, "source", source)
+    checks.whole_number("correction", correction, 0)
+    checks.option("scale", scale, SCALES)
+    checks.number("mean_weight", mean_weight, least=0)
+    checks.option("reduction", reduction, REDUCTIONS)
+    return source, target
+
+
+def coral_loss(
+    source: Tensor,
+    target: Tensor,
+    *,
+    correction: int = 1,
+    scale: str = "paper",
+    mean_weight: float = 0.0,
+    reduction: str = "mean",
+    process_group=None,
+) -> Tensor:
+    r"""CORAL loss: how far apart the covariances of source and target features are.
+
+    .. math:: L = s \, \lVert C_s - C_t \rVert_F^2 + \text{mean\_weight} \cdot \tfrac1D \lVert \mu_s - \mu_t \rVert^2
+
+    with the unbiased covariances C (see :func:`fastda.covariance`) and means μ of the two domains. Added to the task
+    loss it pulls the domains together: L_total = L_task + α·L. With the paper's scale useful α lie between 100 and 1000.
+
+    Args:
+        source: features of shape `(..., Ns, D)`. float32, float64, bfloat16 or float16.
+        target: features of shape `(..., Nt, D)`, with the same batch dimensions. Ns and Nt may differ.
+        correction: 1 divides the covariances by N − 1, 0 by N.
+        scale: s = 1/(4D²) for "paper", 1/D² for "mean", 1 for "sum". pytorch-adapt, skada and adapt compute "paper";
+            TLlib and DomainBed compute `scale="mean", mean_weight=1.0`.
+        mean_weight: weight of the mean squared difference of the means; at least 0.
+        reduction: over the batch dimensions: "mean", "sum" or "none".
+        process_group: a `torch.distributed` group over whose processes the samples are spread: every process gets the
+            loss of the whole batch, and gradients whose mean over the processes (what DistributedDataParallel takes) is
+            the gradient of one process. Not under torch.func or torch.compile.
+
+    Returns:
+        A scalar, or shape `(...)` with `reduction="none"`; float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: features that are not floating tensors.
+        ValueError: shapes or devices that do not fit, fewer than `correction + 1` samples in a domain, an unknown option.
+
+    Differentiable any number of times with respect to both inputs. NaN and Inf propagate. Blind spot: domains whose
+    covariances agree while higher moments differ have loss 0.
+
+    Source: Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, ECCV workshops 2016.
+
+    Example:
+        >>> import torch, fastda
+        >>> source = torch.tensor([[2.0, 1.0], [-2.0, -1.0], [0.0, 2.0], [0.0, -2.0]])
+        >>> target = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> fastda.coral_loss(source, target)
+        tensor(0.9167)
+    """
+    source, target = check_coral(source, target, correction, scale, mean_weight, reduction)
+    if process_group is not None:
+        check_group(process_group)
+    with no_autocast(source):
+        source_mean, source_covariance = moments("source", source, correction, process_group)
+        target_mean, target_covariance = moments("target", target, correction, process_group)
+        num_features = source.shape[-1]
+        difference = source_covariance - target_covariance
+        losses = scale_factor(scale, num_features) * difference.square().sum((-2, -1))
+        if mean_weight != 0:
+            squares = (source_mean - target_mean).square().sum(-1)
+            losses = losses + mean_weight * squares / max(num_features, 1)
+        return reduce(losses, reduction)
+
+
+def deep_coral_loss(
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    weights: Sequence[float | Tensor] | None = None,
+    correction: int = 1,
+    scale: str = "paper",
+    mean_weight: float = 0.0,
+    process_group=None,
+) -> Tensor:
+    r"""CORAL loss over several layers of a network.
+
+    .. math:: L = \sum_l w_l \cdot \text{coral\_loss}(\text{source}_l, \text{target}_l)
+
+    Args:
+        sources: source features, one tensor `(..., Ns, D_l)` a layer. Flatten or pool features of more dimensions.
+        targets: target features, one tensor `(..., Nt, D_l)` a layer.
+        weights: one weight a layer, numbers or scalar tensors (which get a gradient); all 1 by default.
+        correction, scale, mean_weight, process_group: as in :func:`fastda.coral_loss`.
+
+    Returns:
+        A scalar: the mean over batch dimensions, summed over the layers.
+
+    Raises:
+        ValueError: no layer, or lists of different lengths; and what :func:`fastda.coral_loss` raises, the layer named.
+
+    Differentiable any number of times with respect to all features.
+
+    Source: Sun & Saenko, Deep CORAL, ECCV workshops 2016.
+
+    Example:
+        >>> import torch, fastda
+        >>> layers = [torch.eye(4), torch.eye(4)]
+        >>> fastda.deep_coral_loss(layers, [2 * x for x in layers], weights=[1.0, 0.5])
+        tensor(0.0703)
+    """
+    return sum_layers(
+        coral_loss,
+        sources,
+        targets,
+        weights,
+        correction=correction,
+        scale=scale,
+        mean_weight=mean_weight,
+        process_group=process_group,
+    )
+
+
+def sum_layers(loss, sources, targets, weights, **options) -> Tensor:
+    """Σ weights[l]·loss(sources[l], targets[l]); an error in a layer says which."""
+    if len(sources) == 0 or len(sources) != len(targets):
+        raise ValueError(
+            f"targets: expected as many layers as sources, at least one; got {len(sources)} sources, {len(targets)} targets"
+        )
+    if weights is not None and len(weights) != len(sources):
+        raise ValueError(f"weights: expected one a layer, {len(sources)}, got {len(weights)}")
+    total = None
+    for layer, (source, target) in enumerate(zip(sources, targets)):
+        try:
+            term = loss(source, target, **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {layer}: {error}") from error
+        if weights is not None:
+            term = weights[layer] * term
+        total = term if total is None else total + term
+    return total
