@@ -9,13 +9,19 @@ from torch import Tensor
 from . import checks
 
 
-def check_reversal(x: Tensor, lambd: float | Tensor) -> Tensor:
-    """Raise for anything but floating features and a finite number or one-element tensor; λ as a scalar tensor."""
+def check_reversal(x: Tensor, lambd: float | Tensor) -> None:
+    """Raise for anything but floating features and a finite number or one-element tensor."""
     checks.floating("x", x)
     if isinstance(lambd, Tensor):
         checks.scalar_tensor("lambd", lambd, ((), (1,)), x)
+    else:
+        checks.number("lambd", lambd)
+
+
+def scalar_lambda(x: Tensor, lambd: float | Tensor) -> Tensor:
+    """λ as a tensor of shape () on the device of x, without gradient."""
+    if isinstance(lambd, Tensor):
         return lambd.detach().reshape(())
-    checks.number("lambd", lambd)
     return torch.full((), lambd, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
@@ -43,6 +49,15 @@ class _Reverse(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (lambd,) = ctx.saved_tensors
         return (grad * -lambd).to(grad.dtype), None
+
+
+def _reverse(x: Tensor, lambd: float | Tensor) -> Tensor:
+    lambd = scalar_lambda(x, lambd)
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # torch.compile inlines the forward of a Function under torch.func and loses its backward (seen up to torch 2.13).
+        # The difference is 0 and has the gradient −λ; for features that are not finite the gradient is 0.
+        return x.detach() + ((x.detach() - x) * lambd).nan_to_num().to(x.dtype)
+    return _Reverse.apply(x, lambd)
 
 
 def gradient_reversal(x: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
@@ -77,9 +92,9 @@ def gradient_reversal(x: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
         >>> x.grad
         tensor([-0.5000, -0.5000])
     """
-    lambd = check_reversal(x, lambd)
+    check_reversal(x, lambd)
     refuse_forward_mode("gradient_reversal")
-    return _Reverse.apply(x, lambd)
+    return _reverse(x, lambd)
 
 
 def gradient_reversal_fork(x: Tensor, lambd: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -110,9 +125,9 @@ def gradient_reversal_fork(x: Tensor, lambd: float | Tensor = 1.0) -> tuple[Tens
         >>> x.grad
         tensor([2., 2.])
     """
-    lambd = check_reversal(x, lambd)
+    check_reversal(x, lambd)
     refuse_forward_mode("gradient_reversal_fork")
-    return x.view_as(x), _Reverse.apply(x, lambd)
+    return x.view_as(x), _reverse(x, lambd)
 
 
 def gradient_reversal_linear(
@@ -152,10 +167,10 @@ def gradient_reversal_linear(
         >>> x.grad
         tensor([[ 0., -1.]])
     """
-    lambd = check_reversal(x, lambd)
+    check_reversal(x, lambd)
     check_linear(x, weight, bias)
     refuse_forward_mode("gradient_reversal_linear")
-    return x.view_as(x), F.linear(_Reverse.apply(x, lambd), weight, bias)
+    return x.view_as(x), F.linear(_reverse(x, lambd), weight, bias)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

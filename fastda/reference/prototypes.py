@@ -251,6 +251,16 @@ def check_k(k: int, prototypes: Tensor) -> None:
 # Softmax and losses
 
 
+def class_logits(
+    queries: Tensor, prototypes: Tensor, metric: str, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """−d/T, −Inf for an empty class; and which classes are empty. A tensor T has one value for all, or one a batch element."""
+    distances, is_empty = _distances_and_empty(queries, prototypes, metric)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(distances.dtype)[..., None, None]
+    return torch.where(is_empty, -math.inf, -distances / temperature), is_empty
+
+
 def prototype_log_softmax(
     queries: Tensor, prototypes: Tensor, *, metric: str = "sqeuclidean", temperature: float | Tensor = 1.0
 ) -> Tensor:
@@ -283,8 +293,7 @@ def prototype_log_softmax(
     queries, prototypes = check_distance(queries, prototypes, metric)
     check_temperature(temperature, queries)
     with no_autocast(queries):
-        distances, is_empty = _distances_and_empty(queries, prototypes, metric)
-        logits = torch.where(is_empty, -math.inf, -distances / temperature)
+        logits, _ = class_logits(queries, prototypes, metric, temperature)
         return logits.log_softmax(-1)
 
 
@@ -303,8 +312,7 @@ def prototype_softmax(
     queries, prototypes = check_distance(queries, prototypes, metric)
     check_temperature(temperature, queries)
     with no_autocast(queries):
-        distances, is_empty = _distances_and_empty(queries, prototypes, metric)
-        logits = torch.where(is_empty, -math.inf, -distances / temperature)
+        logits, _ = class_logits(queries, prototypes, metric, temperature)
         return logits.softmax(-1)
 
 
@@ -360,8 +368,7 @@ def prototype_cross_entropy(
     kept = targets != ignore_index
     targets, valid = labels_in_range("targets", torch.where(kept, targets, 0), prototypes.shape[-2])
     with no_autocast(queries):
-        distances, is_empty = _distances_and_empty(queries, prototypes, metric)
-        logits = torch.where(is_empty, -math.inf, -distances / temperature)
+        logits, is_empty = class_logits(queries, prototypes, metric, temperature)
         log_probabilities = logits.log_softmax(-1)
         losses = -log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         if label_smoothing != 0:

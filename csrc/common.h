@@ -1,0 +1,42 @@
+// What every kernel file shares: the guard it runs under, and the dtype it accumulates in.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+namespace fastda {
+
+// Kernels call ATen: neither autograd nor autocast (which would round the products to half precision) may step in.
+struct KernelGuard {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{at::autocast_dispatch_keyset};
+};
+
+// Half precision is raised to float32; float32 and float64 stay as they are.
+inline at::ScalarType accumulate_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The product of the leading batch dimensions, all but the last `trailing`.
+inline int64_t batch_size(const at::Tensor& x, int64_t trailing) {
+  int64_t batch = 1;
+  for (int64_t i = 0; i < x.dim() - trailing; ++i) batch *= x.size(i);
+  return batch;
+}
+
+// Shape of a result: the batch dimensions of x, then `last`.
+inline std::vector<int64_t> batched(const at::Tensor& x, int64_t trailing, std::initializer_list<int64_t> last) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - trailing);
+  shape.insert(shape.end(), last);
+  return shape;
+}
+
+// Items that a thread should at least be given, each of `work` operations.
+inline int64_t grain(int64_t work) {
+  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, work));
+}
+
+}  // namespace fastda
