@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# bench/gpu.sh OUTDIR: on a machine with a GPU, build, run tests/gpu and all GPU cases, write one record into OUTDIR.
+#
+# Needs torch, nvcc, pybind11, pytest and hypothesis; no network. PYTHON chooses the interpreter, BUDGET the seconds of
+# timing a case. Every step has a log in OUTDIR and a time limit; together they end within 8 minutes. Exit status: 0 if
+# all went well, else that of the first step that failed. The benchmarks run, and the record is written after each
+# case, even if tests fail.
+set -uo pipefail
+
+if [ $# -ne 1 ]; then
+    echo "usage: bench/gpu.sh OUTDIR" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python}
+budget=${BUDGET:-5}
+failed=0
+
+# step NAME SECONDS COMMAND...: run it within its time, log it, remember the first failure
+step() {
+    local name=$1 seconds=$2 status
+    shift 2
+    echo "== $name: $*"
+    timeout "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+    status=${PIPESTATUS[0]}
+    echo "== $name: exit status $status" | tee -a "$out/$name.log"
+    if [ "$status" -ne 0 ] && [ "$failed" -eq 0 ]; then
+        failed=$status
+    fi
+}
+
+cd "$root" || exit 2
+step machine 20 nvidia-smi
+step build 150 env FASTDA_FORCE_CUDA=1 "$python" -m pip install --no-build-isolation --no-deps .
+step doctor 20 "$python" -m fastda doctor
+step tests 90 "$python" -m pytest tests/gpu -ra
+step benchmarks 195 "$python" -m fastda.benchmarks --device cuda --budget "$budget" --output "$out"
+exit "$failed"

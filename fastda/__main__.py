@@ -1,0 +1,7 @@
+"""`python -m fastda` is the command `fastda`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,139 @@
+"""Time of several sides, taken in turn in one process.
+
+Machines are noisy and slow down together, so sides alternate (A B C A B C ...) and what counts is the ratio of medians.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from .baselines import Side
+from .correctness import Check, asking, call, incoming_gradients
+
+PHASES = ("forward", "backward", "both")
+LEAST_ROUNDS = 3
+MOST_ROUNDS = 200
+TURN = 0.01  # seconds that a fast side measures before the next one's turn
+MOST_SAMPLES = 10  # in one turn
+SLOW = 0.05  # seconds beyond which a call does not notice what the side before left in the caches
+GPU_SPAN = 2e-3  # seconds between two readings of the clock on a GPU, where reading it waits for the device
+MOST_REPEATS = 50
+LONGEST_REASON = 200  # characters
+
+
+@dataclass
+class Times:
+    """Samples of each phase, in seconds, of a side with these relative errors."""
+
+    errors: dict[str, float]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, sample: dict[str, float]) -> None:
+        for phase, seconds in sample.items():
+            self.samples.setdefault(phase, []).append(seconds)
+
+    def median(self, phase: str) -> float:
+        return statistics.median(self.samples[phase])
+
+    def quartiles(self, phase: str) -> tuple[float, float]:
+        samples = self.samples[phase]
+        if len(samples) == 1:
+            return samples[0], samples[0]
+        lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive")
+        return lower, upper
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A side whose answer is wrong, or that raised: it has no time."""
+
+    reason: str
+
+
+class Stopwatch:
+    """Takes one sample of a side: forward, backward, and their sum.
+
+    The incoming gradients are random and stand before the clock starts. On a GPU several calls lie between two readings
+    of the clock.
+    """
+
+    def __init__(self, function: Callable, arguments: tuple, seed: int = 0) -> None:
+        self.function, self.arguments = function, arguments
+        self.inputs = asking(arguments)
+        self.on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments)
+        self.incoming = incoming_gradients(call(function, arguments), seed) if self.inputs else ()
+        self.repeats = 1
+        self.sample()
+        self.estimate = self.sample()["both"]
+        if self.on_gpu:
+            self.repeats = max(1, min(MOST_REPEATS, int(GPU_SPAN / self.estimate)))
+
+    def _now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    def sample(self) -> dict[str, float]:
+        """Seconds of one call; "backward" is absent where nothing asks for a gradient."""
+        start = self._now()
+        outputs = [call(self.function, self.arguments) for _ in range(self.repeats)]
+        middle = self._now()
+        if not self.inputs:
+            seconds = (middle - start) / self.repeats
+            return {"forward": seconds, "both": seconds}
+        for one in outputs:
+            torch.autograd.grad(one, self.inputs, self.incoming)
+        end = self._now()
+        return {
+            "forward": (middle - start) / self.repeats,
+            "backward": (end - middle) / self.repeats,
+            "both": (end - start) / self.repeats,
+        }
+
+    def turn(self) -> list[dict[str, float]]:
+        """What one turn of this side gives: the first call of a fast side only warms the caches."""
+        if self.estimate > SLOW:
+            return [self.sample()]
+        self.sample()
+        return [self.sample() for _ in range(max(1, min(MOST_SAMPLES, int(TURN / self.estimate))))]
+
+
+def compare(
+    sides: Sequence[Side], checks: Callable[[Side], Check], budget: float, seed: int = 0
+) -> tuple[dict[str, Times | Refused], int]:
+    """Check each side and time those that are right, in turn; the times, and the number of rounds.
+
+    `checks` gives the check a side has to pass; `budget` bounds the seconds of timing, but for the least rounds.
+    """
+    found: dict[str, Times | Refused] = {}
+    stopwatches: dict[str, Stopwatch] = {}
+    for side in sides:
+        try:
+            check = checks(side)
+            verdict = check.judge(side)
+            if verdict.wrong is None:
+                stopwatches[side.name] = Stopwatch(side.call, check.arguments, seed)
+                found[side.name] = Times(verdict.errors)
+            else:
+                found[side.name] = Refused(verdict.wrong)
+        except Exception as error:  # a peer or a compiler may fail in any way; the record says how
+            found[side.name] = Refused(f"{type(error).__name__}: {error}".partition("\n")[0][:LONGEST_REASON])
+    rounds, start = 0, perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while stopwatches and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or perf_counter() - start < budget):
+            for name, stopwatch in stopwatches.items():
+                for sample in stopwatch.turn():
+                    found[name].add(sample)
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return found, rounds

@@ -1,0 +1,36 @@
+"""Hypothesis profiles (`HYPOTHESIS_PROFILE=dev|ci|soak`) and fixtures."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=25, **COMMON)
+settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
+settings.register_profile("soak", max_examples=10_000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory():
+    """Uninitialised memory holds NaN (integers: the largest value), so that reading it is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors gain nothing from threads, and on a busy machine threads that wait for each other cost much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

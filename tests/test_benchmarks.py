@@ -1,0 +1,405 @@
+"""The harness: cases, the check before the clock, alternation, memory, records, tables and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastda import reference
+from fastda.benchmarks import baselines, peers, tables
+from fastda.benchmarks import record as records
+from fastda.benchmarks.__main__ import main, progress_lines
+from fastda.benchmarks.baselines import Absent, Side, make_side, side_names
+from fastda.benchmarks.cases import CPU_CASES, GPU_CASES, GROUP_FIGURES, Figure, select
+from fastda.benchmarks.correctness import Check
+from fastda.benchmarks.machine import Limits
+from fastda.benchmarks.memory import memory, peak
+from fastda.benchmarks.timing import Refused, Times, compare
+
+BENCH = Path(__file__).parents[1] / "bench"
+CORAL = select(["coral"])[0]
+TINY = CORAL.tiny("cpu")
+
+
+# Cases
+
+
+def test_cases_cover_every_row():
+    names = {case.name for case in CPU_CASES}
+    assert len(names) == len(CPU_CASES)
+    assert names == {
+        "coral 32×256",
+        "coral 32×2048",
+        "coral 64×1024",
+        "coral 128×2048",
+        "coral 256×2048",
+        "coral 64×4096",
+        "coral 1024×512",
+        "coral 4096×256",
+        "coral 16 batches of 64×256",
+        "covariance 4096×512",
+        "covariance 16 batches of 256×128",
+        "5-way 1-shot Q 75 D 640",
+        "5-way 5-shot Q 75 D 1600",
+        "20-way 5-shot Q 300 D 64",
+        "64 episodes 5-way 1-shot Q 75 D 640",
+        "60-way 5-shot Q 300 D 1600",
+        "cross-entropy Q 512 × C 10000 × D 512",
+        "nearest of 100000 classes Q 256 D 640",
+        "class means 1000×5×640",
+        "reversal fork 64×256",
+        "reversal fork 256×2048",
+        "reversal fork 4096×2048",
+        "domain-adversarial loss 64+64",
+        "domain-adversarial loss 4096+4096",
+    }
+    assert {case.name for case in GPU_CASES} == {
+        "coral 64×2048 GPU",
+        "coral 128×4096 GPU",
+        "5-way 1-shot Q 75 D 640 GPU",
+        "64 episodes 5-way 1-shot Q 75 D 640 GPU",
+        "coral 16384×2048 bf16 GPU",
+        "covariance 65536×1024 bf16 GPU",
+        "cross-entropy Q 8192 × C 100000 × D 512 bf16 GPU",
+        "reversal fork 131072×2048 GPU",
+    }
+    assert all(case.figures for case in CPU_CASES + GPU_CASES)
+
+
+def test_the_group_figure_is_over_the_wide_coral_cases():
+    (group,) = GROUP_FIGURES
+    assert len(group.cases) == 6 and set(group.cases) <= {case.name for case in CPU_CASES}
+
+
+def test_every_topic_has_its_suite():
+    suites = {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")}
+    assert {case.topic for case in CPU_CASES + GPU_CASES} <= suites
+
+
+@pytest.mark.parametrize("case", CPU_CASES + GPU_CASES, ids=lambda case: case.name)
+def test_every_eager_side_is_right_at_tiny_sizes(case):
+    tiny = case.tiny("cpu")
+    arguments = tiny.arguments()
+    for name in side_names(tiny):
+        side = make_side(tiny, name)
+        if not name.endswith(" compiled") and isinstance(side, Side):
+            verdict = Check(tiny, arguments, truth=side.truth).judge(side)
+            assert verdict.wrong is None, f"{name}: {verdict.wrong}"
+            assert verdict.errors
+
+
+def test_an_unknown_case_is_named():
+    with pytest.raises(ValueError, match="expected a topic .*got 'corral'"):
+        select(["corral"])
+
+
+def test_work_of_the_gram_route():
+    samples, features = 2 * 32, 2048
+    case = next(case for case in CPU_CASES if case.name == "coral 32×2048")
+    assert case.work.flops == 3 * samples**2 * features
+    assert case.work.bytes == 2 * samples * features * 4
+    limits = Limits({"float32": 1e9}, 1e6)
+    assert limits.seconds(case.work, torch.float32) == case.work.bytes / 1e6
+
+
+# Where the reference is no opponent
+
+
+def test_careful_code_stands_in_for_a_reference_beyond_memory(monkeypatch):
+    case = next(case for case in CPU_CASES if case.op == "prototype_cross_entropy")
+    assert case.beyond_reference
+    assert "10.5 GB" in make_side(case, "reference").reason
+    assert baselines.formula(case) is baselines.careful_cross_entropy
+    monkeypatch.setattr(baselines, "without_kernel", lambda case: "no kernel of its own yet")
+    absent = make_side(case, "fused")
+    assert isinstance(absent, Absent) and "no kernel of its own yet" in absent.reason
+    monkeypatch.setattr(baselines, "without_kernel", lambda case: None)
+    assert isinstance(make_side(case, "fused"), Side)
+
+
+def test_a_peer_that_is_not_there_is_said_to_be(monkeypatch):
+    with pytest.raises(peers.PeerMissing, match="no_such_peer is not installed"):
+        peers.import_peer("no_such_peer.layers")
+
+    def missing():
+        raise peers.PeerMissing("pytorch_adapt is not installed")
+
+    monkeypatch.setitem(peers.PEERS["coral_loss"], "pytorch-adapt", missing)
+    assert make_side(CORAL, "pytorch-adapt") == Absent("pytorch-adapt", "pytorch_adapt is not installed")
+
+
+def test_the_torchvision_stand_in_leaves_nothing_behind(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find_spec(name))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    finders = list(sys.meta_path)
+    with peers.torchvision_stand_in():
+        from torchvision.models.resnet import BasicBlock
+
+        assert isinstance(BasicBlock, type)
+    assert sys.meta_path == finders and "torchvision" not in sys.modules
+
+
+# Timing
+
+
+def test_sides_alternate_and_a_wrong_one_is_refused():
+    calls = []
+
+    def side(name, factor=1.0):
+        def call(source, target):
+            calls.append(name)
+            return factor * reference.coral_loss(source, target)
+
+        return Side(name, call)
+
+    def raising(source, target):
+        raise RuntimeError("no such kernel")
+
+    check = Check(TINY, TINY.arguments())
+    sides = [side("a"), side("wrong", 1.001), side("b"), Side("raising", raising)]
+    found, rounds = compare(sides, lambda side: check, budget=0.0)
+    assert rounds >= 3
+    assert isinstance(found["wrong"], Refused) and "output 0: relative error 1.0e-03" in found["wrong"].reason
+    assert found["raising"] == Refused("RuntimeError: no such kernel")
+    assert calls.count("wrong") == 1  # the check alone
+    turns = [name for i, name in enumerate(calls) if name != "wrong" and (i == 0 or calls[i - 1] != name)]
+    assert turns[-2 * rounds :] == ["a", "b"] * rounds
+    for name in "ab":
+        samples = found[name].samples
+        assert len(samples["forward"]) == len(samples["backward"]) == len(samples["both"]) >= rounds
+        assert all(
+            math.isclose(f + b, whole)
+            for f, b, whole in zip(samples["forward"], samples["backward"], samples["both"])
+        )
+
+
+@pytest.mark.parametrize("spoil", [lambda g: g * math.nan, torch.abs, torch.ones_like, torch.zeros_like])
+def test_a_wrong_gradient_is_refused(spoil):
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return spoil(grad)
+
+    side = Side("spoilt", lambda source, target: reference.coral_loss(Spoilt.apply(source), target))
+    assert Check(TINY, TINY.arguments()).judge(side).wrong.startswith("gradient 0: relative error")
+
+
+def test_median_and_quartiles():
+    times = Times({}, {"both": [5.0, 1.0, 2.0, 3.0, 4.0]})
+    assert times.median("both") == 3 and times.quartiles("both") == (2, 4)
+
+
+# Memory
+
+
+def test_the_meter_sees_an_allocation_of_known_size():
+    def allocate():
+        first = torch.empty(1000)
+        del first
+        second, third = torch.empty(3000), torch.empty(500)
+        return second, third
+
+    assert peak(allocate) == 4 * 3500
+
+
+def test_results_and_gradients_are_not_extra():
+    x = torch.randn(1000, requires_grad=True)
+    measured = memory(lambda x: 2 * x, (x,), "cpu")
+    assert 2 * 4000 <= measured["peak"] < 2 * 4000 + 500
+    assert measured["extra"] < 500
+    assert memory(lambda x: (2 * x).exp().sum(), (x,), "cpu")["extra"] >= 4000
+
+
+def test_the_meter_is_silent(capfd):
+    peak(lambda: torch.empty(10))
+    assert capfd.readouterr().err == ""
+
+
+# Records, tables and plots
+
+
+def _record(tmp_path) -> Path:
+    """A record of two tiny cases, measured once, with a miss and a side without a time."""
+    cases = [case.tiny("cpu") for case in select(["coral 32×256", "coral 64×1024", "class means"])]
+    cases[1] = dataclasses.replace(cases[1], sizes={"samples": 4, "features": 64})
+    record = records.make_record(cases, [1], budget=0.0, dry_run=True, eager_only=True)
+    record["cases"][0]["figures"] = [records.judged(Figure(1e9), 1.0), records.judged(Figure(0.1), 1.0)]
+    path = records.path_for(record, tmp_path)
+    records.write(record, path)
+    return path
+
+
+def test_a_record_holds_what_the_rules_ask_for(tmp_path):
+    path = _record(tmp_path)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert records.read(path) == record
+    assert path.name == f"{record['machine']}-{record['date'][:10]}-dry-run.json"
+    assert {"python", "torch", "triton", "fastda-kernels"} <= record["versions"].keys()
+    assert {"processor", "gpu", "threads", "build", "git", "seed", "serving", "limits"} <= record.keys()
+    case = record["cases"][0]
+    assert case["sides"]["reference"]["times"].keys() == {"forward", "backward", "both"}
+    assert case["sides"]["reference"]["times"]["both"].keys() == {
+        "median",
+        "lower_quartile",
+        "upper_quartile",
+        "samples",
+    }
+    assert case["sides"]["fused"]["memory"]["peak"] > 0
+    assert case["ratios"]["both"]["ratio"] > 0 and case["share_of_limit"] > 0
+    assert case["sides"]["reference compiled"] == {"reason": "compiled sides were left out"}
+    assert os.uname().nodename.lower() not in record["machine"]
+
+
+def test_the_ratio_is_against_the_fastest_baseline():
+    def side(seconds, baseline=True):
+        return {"times": {"both": {"median": seconds}}, "baseline": baseline}
+
+    sides = {"fused": side(2.0, False), "a": side(6.0), "b": side(4.0), "c": {"reason": "wrong"}}
+    sides["yardstick"] = side(1.0, False)
+    assert records.speed(sides, "both") == {"against": "b", "ratio": 2.0}
+    assert records.speed(sides, "both", ("a", "c")) == {"against": "a", "ratio": 3.0}
+    assert records.speed(sides, "both", ("yardstick",)) == {"against": "yardstick", "ratio": 0.5}
+    assert records.speed(sides, "forward") is None
+
+
+def test_the_geometric_mean_needs_all_its_cases():
+    (group,) = GROUP_FIGURES
+
+    def row(name, seconds):
+        side = {"times": {"both": {"median": seconds}}, "baseline": True}
+        fused = {"times": {"both": {"median": 1.0}}, "baseline": False}
+        return {"name": name, "threads": 1, "phase": "both", "sides": {"fused": fused, "reference": side}}
+
+    rows = [row(name, seconds) for name, seconds in zip(group.cases, (1, 4, 16, 16, 64, 256))]
+    (outcome,) = records.group_outcomes(rows)
+    assert outcome["value"] == pytest.approx(2 ** (24 / 6)) and outcome["reached"]
+    assert records.group_outcomes(rows[1:]) == []
+
+
+def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    records.write({"format": records.FORMAT, "seed": 1}, path)
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    with pytest.raises(ValueError):
+        records.write({"format": records.FORMAT, "seed": math.nan}, path)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        records.write({"format": records.FORMAT, "seed": 2}, path)
+    assert records.read(path)["seed"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_another_format_is_refused(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="expected a record of format 1, got 0; measure it again"):
+        records.read(path)
+
+
+def test_tables_show_misses_and_missing_sides(tmp_path):
+    page = tables.page(records.read(_record(tmp_path)))
+    assert "≥ 1e+09 × best baseline: 1 **missed**" in page
+    assert "≥ 0.1 × best baseline: 1 |" in page
+    assert "compiled sides were left out" in page
+    assert "Dry run with tiny sizes" in page
+    for line in page.splitlines():
+        assert not line.startswith("|") or line.endswith("|")
+
+
+def test_a_run_cut_short_leaves_what_it_measured(monkeypatch):
+    cases, saved = [case.tiny("cpu") for case in select(["coral"])[:2]], []
+    measure = records.measure
+
+    def cut(case, *arguments, **options):
+        if case is cases[1]:
+            raise KeyboardInterrupt
+        return measure(case, *arguments, **options)
+
+    monkeypatch.setattr(records, "measure", cut)
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        records.make_record(cases, [1], budget=0.0, save=saved.append, dry_run=True, eager_only=True)
+    assert torch.get_num_threads() == threads
+    (record,) = saved
+    assert len(record["cases"]) == 1 and not record["complete"]
+    assert "Cut short" in tables.heading(record)
+
+
+def test_a_busy_machine_is_said_to_be_one(tmp_path):
+    record = records.read(_record(tmp_path))
+    record["cores"] = 2
+    for load, said in ((None, False), (0.9, False), (1.1, True)):
+        record["load_before"] = load
+        assert ("Other processes were running" in tables.heading(record)) == said
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(1.234e-6, "1.23 µs"), (45.67e-6, "45.7 µs"), (0.00123, "1.23 ms"), (0.1236, "124 ms")]
+)
+def test_durations_have_three_digits(seconds, text):
+    assert tables.duration(seconds) == text
+
+
+def test_the_report_makes_tables_and_plots(tmp_path):
+    path = _record(tmp_path)
+    output = tmp_path / "report"
+    done = subprocess.run(
+        [sys.executable, BENCH / "report.py", path, "--output", output], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    ends = (".md", "-summary.md", "-coral-time.png", "-coral-memory.png", "-ratios.png")
+    names = {f"{path.stem}{end}" for end in ends}
+    assert {file.name for file in output.iterdir()} == names
+    assert {Path(line).name for line in done.stdout.splitlines()} == names
+    for plot in output.glob("*.png"):
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+# Command lines
+
+
+def test_the_gpu_cases_run_end_to_end_on_the_cpu(tmp_path, capsys):
+    arguments = ["--device", "cuda", "--dry-run", "--eager-only", "--budget", "0", "--threads", "1"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    record = records.read(path)
+    assert [case["name"] for case in record["cases"]] == [f"{case.name}, tiny" for case in GPU_CASES]
+    for case in record["cases"]:
+        assert "times" in case["sides"]["fused"], case["sides"]["fused"]
+    assert str(path) in capsys.readouterr().out
+
+
+def test_progress_without_tqdm_is_a_line_a_case(capsys):
+    assert list(progress_lines([(TINY, 2)], unit="case")) == [(TINY, 2)]
+    assert capsys.readouterr().err == f"case 1 of 1: {TINY.name}, 2 thread(s)\n"
+
+
+def test_a_wrong_command_line_says_so(tmp_path, capsys):
+    assert main(["--cases", "corral", "--output", str(tmp_path)]) == 2
+    assert "expected a topic" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_script_is_valid_and_asks_for_a_folder():
+    script = BENCH / "gpu.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: bench/gpu.sh OUTDIR" in done.stderr

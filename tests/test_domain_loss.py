@@ -1,0 +1,70 @@
+"""The domain-adversarial loss: closed forms, saturated logits, weights, what peers compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from ops_under_test import Draw, each_module
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+logits = st.builds(
+    lambda seed, *shape: Draw(dtype=torch.float64, seed=seed).normal(*shape, deviation=4.0),
+    *(st.integers(0, 2**16), st.integers(1, 20), st.integers(1, 3)),
+)
+
+
+@each_module
+def test_no_information_is_log_two(module):
+    assert_close(module.domain_adversarial_loss(torch.zeros(3), torch.zeros(5, 1)), torch.tensor(2.0).log())
+
+
+@each_module
+@given(source=logits, target=logits)
+def test_binary_cross_entropy_with_source_one_and_target_zero(module, source, target):
+    cross_entropy = F.binary_cross_entropy_with_logits
+    source_loss = cross_entropy(source, torch.ones_like(source), reduction="none")
+    target_loss = cross_entropy(target, torch.zeros_like(target), reduction="none")
+    loss = module.domain_adversarial_loss
+    assert_close(loss(source, target), (source_loss.mean() + target_loss.mean()) / 2)
+    assert_close(loss(source, target, reduction="sum"), source_loss.sum() + target_loss.sum())
+    assert_close(loss(source, target, reduction="none"), (source_loss, target_loss))
+    assert_close(loss(source, target), loss(-target, -source))
+
+
+@each_module
+def test_weighted_mean(module):
+    source, target = torch.tensor([0.3, -2.0, 4.0]), torch.tensor([1.0, -1.0])
+    repeated = module.domain_adversarial_loss(source[[0, 0, 0, 2]], target[[0, 1, 1]])
+    weights = {"source_weight": torch.tensor([3.0, 0.0, 1.0]), "target_weight": torch.tensor([0.5, 1.0])}
+    assert_close(module.domain_adversarial_loss(source, target, **weights), repeated)
+    source_loss, target_loss = module.domain_adversarial_loss(source, target, reduction="none", **weights)
+    plain = module.domain_adversarial_loss(source, target, reduction="none")
+    assert_close((source_loss, target_loss), (weights["source_weight"] * plain[0], weights["target_weight"] * plain[1]))
+
+
+@each_module
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_saturated_logits_keep_a_gradient(module, dtype):
+    """Through probabilities the gradient would be 0, and the loss Inf."""
+    source = torch.tensor([-1e4, 1e4], dtype=dtype, requires_grad=True)
+    target = torch.tensor([1e4, -1e4, 0.0], dtype=dtype, requires_grad=True)
+    loss = module.domain_adversarial_loss(source, target)
+    large = source[1].item()
+    expected = (large / 2 + (large + torch.tensor(2.0).log().item()) / 3) / 2
+    assert_close(loss.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(loss, (source, target))
+    assert_close(gradients[0], torch.tensor([-0.25, 0.0], dtype=dtype))
+    assert_close(gradients[1], torch.tensor([1 / 6, 0.0, 1 / 12], dtype=dtype))
+
+
+@each_module
+def test_no_samples(module):
+    none, some = torch.empty(0), torch.zeros(3)
+    assert module.domain_adversarial_loss(none, some).isnan()
+    assert module.domain_adversarial_loss(some, none).isnan()
+    assert_close(module.domain_adversarial_loss(none, some, reduction="sum"), 3 * torch.tensor(2.0).log())
+    assert module.domain_adversarial_loss(none, some, reduction="none")[0].shape == (0,)

@@ -1,0 +1,271 @@
+"""Prototypes: worked example, invariances, empty classes, labels, and the places where formulas break."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from ops_under_test import METRICS, REDUCTIONS, Draw, Sizes, each_module
+from torch.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+each_metric = pytest.mark.parametrize("metric", METRICS)
+EMPTY = [math.nan, math.nan]
+
+
+def points(queries=4, classes=3, features=2, seed=0, dtype=torch.float64):
+    draw = Draw(Sizes(features=features), dtype, seed)
+    return draw.samples(queries).requires_grad_(), draw.samples(classes).requires_grad_()
+
+
+pairs = st.builds(points, *(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**16)))
+
+
+@each_module
+def test_worked_example(module):
+    """Points on a line at the given distances from the query."""
+    distances = torch.tensor([0.3, 0.8, 0.6, 0.9, 0.4])
+    query, prototypes = torch.zeros(1, 1), distances.unsqueeze(1)
+    assert_close(module.pairwise_distance(query, prototypes, metric="euclidean"), distances.unsqueeze(0))
+    got = module.prototype_softmax(query, prototypes, metric="euclidean")
+    assert_close(got, torch.tensor([[0.2631, 0.1596, 0.1949, 0.1444, 0.2380]]), rtol=0, atol=6e-5)
+    assert_close(got, (-distances).exp().unsqueeze(0) / 2.8158, rtol=0, atol=1e-5)
+    assert module.nearest_prototype(query, prototypes, metric="euclidean")[1].item() == 0
+
+
+@each_module
+def test_five_shots_are_answered_with_more_confidence_than_one(module):
+    """Averaging removes noise from the prototypes, and with it from the distances that are compared."""
+    draw = Draw(seed=1)
+    centres, noise = draw.normal(200, 5, 64, deviation=0.3), draw.normal(200, 25, 64)
+    labels = torch.arange(25).remainder(5).expand(200, 25)
+    queries = centres + 0.3 * draw.normal(200, 5, 64)
+    support = centres.repeat(1, 5, 1) + noise
+    of_class = torch.arange(5).expand(200, 5)
+    one, five = (
+        module.prototypical_loss(support[:, :n], labels[:, :n], queries, of_class, num_classes=5) for n in (5, 25)
+    )
+    assert five < one
+
+
+@each_module
+@each_metric
+@given(pair=pairs)
+def test_distances_in_plain_words(module, metric, pair):
+    queries, prototypes = pair
+    q, p = queries.unsqueeze(1), prototypes.unsqueeze(0)
+    expected = {
+        "sqeuclidean": lambda: (q - p).pow(2).sum(-1),
+        "euclidean": lambda: (q - p).norm(dim=-1),
+        "cosine": lambda: 1 - F.cosine_similarity(q, p, dim=-1),
+    }[metric]()
+    assert_close(module.pairwise_distance(queries, prototypes, metric=metric), expected)
+
+
+@each_module
+@given(pair=pairs, scale=st.floats(0.1, 10.0))
+def test_invariances(module, pair, scale):
+    queries, prototypes = pair
+    shift = torch.linspace(-3, 3, queries.shape[1], dtype=torch.float64)
+    rotation = torch.linalg.qr(Draw(dtype=torch.float64).normal(queries.shape[1], queries.shape[1])).Q
+    for metric, power in (("sqeuclidean", 2), ("euclidean", 1), ("cosine", 0)):
+        distances = module.pairwise_distance(queries, prototypes, metric=metric)
+        assert (distances >= 0).all()
+        for map_both in (lambda x: x @ rotation, lambda x: x + shift) if power else (lambda x: x @ rotation,):
+            moved = module.pairwise_distance(map_both(queries), map_both(prototypes), metric=metric)
+            assert_close(moved, distances)
+        scaled = module.pairwise_distance(scale * queries, scale * prototypes, metric=metric)
+        assert_close(scaled, scale**power * distances)
+        assert_close(module.pairwise_distance(prototypes, queries, metric=metric), distances.mT)
+
+
+@each_module
+@each_metric
+@pytest.mark.parametrize("temperature", [1.0, 0.3, torch.tensor(2.0, dtype=torch.float64)], ids=repr)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_is_that_of_torch(module, metric, temperature, reduction):
+    queries, prototypes = points(queries=6, classes=4)
+    targets = torch.tensor([0, 3, -100, 1, 2, 2])
+    logits = -module.pairwise_distance(queries, prototypes, metric=metric) / temperature
+    options = {"metric": metric, "temperature": temperature}
+    assert_close(module.prototype_log_softmax(queries, prototypes, **options), logits.log_softmax(-1))
+    assert_close(module.prototype_softmax(queries, prototypes, **options), logits.softmax(-1))
+    for extra in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"ignore_index": 2}):
+        kept = targets if "ignore_index" in extra else targets.where(targets >= 0, -100)
+        kept = kept.clamp_min(0) if "ignore_index" in extra else kept
+        got = module.prototype_cross_entropy(queries, prototypes, kept, reduction=reduction, **options, **extra)
+        assert_close(got, F.cross_entropy(logits, kept, reduction=reduction, **extra))
+
+
+@each_module
+def test_mean_runs_over_all_queries_that_are_not_ignored(module):
+    """Of all batches together, and not over the means of batches."""
+    queries, prototypes = (x.detach().unflatten(0, (2, 2)) for x in points(queries=4, classes=4))
+    targets = torch.tensor([[0, -100], [1, 1]])
+    losses = module.prototype_cross_entropy(queries, prototypes, targets, reduction="none")
+    assert losses[0, 1] == 0
+    assert_close(module.prototype_cross_entropy(queries, prototypes, targets), losses.sum() / 3)
+    ignored = torch.full((2, 2), -100)
+    assert module.prototype_cross_entropy(queries, prototypes, ignored).isnan()
+    assert module.prototype_cross_entropy(queries, prototypes, ignored, reduction="sum") == 0
+
+
+@each_module
+def test_prototypical_loss_is_the_chain_of_its_parts(module):
+    draw = Draw(Sizes(batch=(2, 3), samples=20, others=7, features=6, classes=5), torch.float64)
+    support, queries, labels, targets = draw.samples(20), draw.samples(7), draw.labels(20), draw.labels(7)
+    for options in ({}, {"metric": "cosine", "temperature": 0.1}, {"metric": "euclidean", "reduction": "none"}):
+        got = module.prototypical_loss(support, labels, queries, targets, 5, **options)
+        means = module.class_means(support, labels, 5)
+        assert_close(got, module.prototype_cross_entropy(queries, means, targets, **options))
+
+
+@each_module
+def test_class_means(module):
+    support = torch.tensor([[0.0, 0.0], [2.0, 4.0], [5.0, 5.0]])
+    labels = torch.tensor([2, 2, 0])
+    assert_close(
+        module.class_means(support, labels, 3), torch.tensor([[5.0, 5.0], EMPTY, [1.0, 2.0]]), equal_nan=True
+    )
+    zero = module.class_means(support, labels, 3, empty="zero")
+    assert_close(zero, torch.tensor([[5.0, 5.0], [0.0, 0.0], [1.0, 2.0]]))
+    assert module.class_means(support[:0], labels[:0], 2).isnan().all()
+    order = torch.tensor([2, 0, 1])
+    assert_close(module.class_means(support[order], labels[order], 3, empty="zero"), zero)
+    for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        assert_close(module.class_means(support, labels.to(dtype), 3, empty="zero"), zero)
+
+
+@each_module
+@each_metric
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_an_empty_class_counts_for_nothing(module, metric, where):
+    """Everything is as if the class were not there, and it gets no gradient."""
+    queries, prototypes = points(queries=5, classes=3, features=4)
+    empty = torch.full((1, 4), math.nan, dtype=torch.float64)
+    there = [c for c in range(4) if c != where]
+    targets = torch.tensor(there + there[:2])
+    without = torch.tensor([0, 1, 2, 0, 1])
+
+    def with_empty():
+        return torch.cat([prototypes[:where], empty, prototypes[where:]])
+
+    probabilities = module.prototype_softmax(queries, with_empty(), metric=metric)
+    assert (probabilities[:, where] == 0).all()
+    assert_close(probabilities[:, there], module.prototype_softmax(queries, prototypes, metric=metric))
+    logarithms = module.prototype_log_softmax(queries, with_empty(), metric=metric)
+    assert (logarithms[:, where] == -math.inf).all()
+    assert module.pairwise_distance(queries, with_empty(), metric=metric)[:, where].isnan().all()
+    distances, indices = module.nearest_prototype(queries, with_empty(), metric=metric, k=4)
+    assert (indices[:, 3] == where).all() and distances[:, 3].isnan().all() and distances[:, :3].isfinite().all()
+    for smoothing in (0.0, 0.3):
+        options = {"metric": metric, "label_smoothing": smoothing}
+        leaf = with_empty().detach().requires_grad_()
+        loss = module.prototype_cross_entropy(queries, leaf, targets, **options)
+        expected = module.prototype_cross_entropy(queries, prototypes, without, **options)
+        assert_close(loss, expected)
+        gradients = torch.autograd.grad(loss, (queries, leaf))
+        assert (gradients[1][where] == 0).all()
+        assert_close((gradients[0], gradients[1][there]), torch.autograd.grad(expected, (queries, prototypes)))
+        on_it = torch.tensor([where, *targets[1:]])
+        losses = module.prototype_cross_entropy(queries, leaf, on_it, reduction="none", **options)
+        assert losses[0] == math.inf and losses[1:].isfinite().all()
+
+
+@each_module
+@each_metric
+def test_an_empty_class_in_an_episode(module, metric):
+    draw = Draw(Sizes(samples=6, others=4, classes=4, labels="gaps"), torch.float64)
+    support, queries = draw.samples(6).requires_grad_(), draw.samples(4).requires_grad_()
+    labels, targets = torch.tensor([0, 2, 2, 0, 2, 0]), torch.tensor([0, 2, 2, 0])
+    loss = module.prototypical_loss(support, labels, queries, targets, 4, metric=metric)
+    alone = module.prototypical_loss(support, labels // 2, queries, targets // 2, 2, metric=metric)
+    assert_close(loss, alone)
+    inputs = (support, queries)
+    assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(alone, inputs))
+    assert module.prototypical_loss(support, labels, queries, targets + 1, 4, metric=metric) == math.inf
+
+
+@each_module
+@each_metric
+def test_one_class(module, metric):
+    queries, prototypes = points(classes=1)
+    targets = torch.zeros(4, dtype=torch.int64)
+    loss = module.prototype_cross_entropy(queries, prototypes, targets, metric=metric)
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (queries, prototypes)))
+
+
+@each_module
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0])
+def test_equal_points_are_at_distance_zero_with_gradient_zero(module, offset):
+    draw = Draw(Sizes(features=64))
+    prototypes = (draw.samples(5) + offset).requires_grad_()
+    queries = prototypes.detach().clone().requires_grad_()
+    distances = module.pairwise_distance(queries, prototypes, metric="euclidean").diagonal()
+    assert (distances == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(distances.sum(), (queries, prototypes)))
+    assert (module.pairwise_distance(queries, prototypes).diagonal() == 0).all()
+    labels = torch.arange(5)
+    loss = module.prototypical_loss(prototypes, labels, queries, labels, 5, metric="euclidean")
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (queries, prototypes)))
+
+
+@each_module
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_points_close_together_and_far_from_zero(module, metric):
+    """‖q‖² − 2q·p + ‖p‖² without a shift is off by half of the distance here."""
+    draw = Draw(Sizes(features=64), torch.float64)
+    prototypes = draw.samples(5, mean=10.0).float()
+    queries = prototypes + draw.samples(5, deviation=0.07).float()
+    exact = module.pairwise_distance(queries.double(), prototypes.double(), metric=metric)
+    assert_close(module.pairwise_distance(queries, prototypes, metric=metric).double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@each_module
+def test_cosine_at_the_zero_vector(module):
+    queries = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+    prototypes = torch.tensor([[0.0, 0.0], [4.0, 3.0], [-3.0, -4.0]], requires_grad=True)
+    distances = module.pairwise_distance(queries, prototypes, metric="cosine")
+    assert_close(distances, torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.04, 2.0]]))
+    for_queries, for_prototypes = torch.autograd.grad(distances.square().sum(), (queries, prototypes))
+    assert (for_queries[0] == 0).all() and (for_prototypes[0] == 0).all()
+    assert for_queries.isfinite().all() and for_prototypes.isfinite().all()
+
+
+@each_module
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("scale", [1e-30, 1e15])
+def test_extreme_lengths(module, metric, scale):
+    """Cosine of vectors whose squares underflow or overflow; logits of ±10³⁰."""
+    queries, prototypes = (scale * x.detach().float() for x in points())
+    got = module.prototype_softmax(queries, prototypes, metric=metric)
+    exact = module.prototype_softmax(queries.double(), prototypes.double(), metric=metric)
+    assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@each_module
+def test_nearest_prototype(module):
+    queries = torch.tensor([[0.9], [4.0]])
+    prototypes = torch.tensor([[5.0], [0.0], [1.0], [5.0], [3.0]])
+    distances, indices = module.nearest_prototype(queries, prototypes, metric="euclidean", k=3)
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == [[2, 1, 4], [0, 3, 4]]  # ties to the lower index
+    assert_close(distances, torch.tensor([[0.1, 0.9, 2.1], [1.0, 1.0, 1.0]]))
+    assert module.nearest_prototype(queries, prototypes, k=5)[1].sort(-1).values.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@each_module
+@each_metric
+@given(pair=pairs, data=st.data())
+def test_nearest_prototype_sorts_the_distances(module, metric, pair, data):
+    queries, prototypes = pair
+    k = data.draw(st.integers(1, len(prototypes)))
+    distances, indices = module.nearest_prototype(queries, prototypes, metric=metric, k=k)
+    everything = module.pairwise_distance(queries, prototypes, metric=metric)
+    assert_close(distances, everything.sort(-1).values[:, :k])
+    assert_close(everything.gather(-1, indices), distances)

@@ -1,0 +1,81 @@
+"""opcheck for every op of torch.ops.fastda: schema, fakes, autograd registration, AOT dispatch.
+
+The ops are enumerated, so that one without a sample fails.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_under_test import METRICS, Draw, Sizes
+from tolerance import is_floating, random_like
+
+import fastda
+from fastda.reference.precision import accumulate
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+SIZES = (
+    Sizes(samples=5, others=4, features=9),
+    Sizes(samples=9, others=8, features=3),
+    Sizes(batch=(2, 3)),
+    Sizes(batch=(0,)),
+    Sizes(features=0),
+)
+
+
+def coral_loss(sizes):
+    for dtype, scale, weight in zip(DTYPES, ("paper", "sum", "mean"), (0.0, 0.5, 1.0)):
+        draw = Draw(sizes, dtype)
+        yield draw.samples(sizes.samples), draw.samples(sizes.others), 1, scale, weight
+
+
+def gradient_reversal(sizes):
+    for dtype in DTYPES:
+        x = Draw(sizes, dtype).samples(sizes.samples)
+        yield x, torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def prototypical_loss(sizes):
+    for dtype, metric in zip(DTYPES, METRICS):
+        draw = Draw(sizes, dtype)
+        support, queries = draw.samples(sizes.samples), draw.samples(sizes.others)
+        labels = draw.labels(sizes.samples), draw.labels(sizes.others)
+        temperature = torch.full(sizes.batch, 0.7, dtype=accumulate(support).dtype)
+        yield support, queries, temperature, *labels, sizes.classes, metric
+
+
+SAMPLES = {f.__name__: f for f in (coral_loss, gradient_reversal, prototypical_loss)}
+
+
+def registered() -> list[str]:
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastda::")}
+    return sorted(name.removeprefix("fastda::") for name in names)
+
+
+def samples(name: str):
+    """Arguments for an op; those of a backward op follow from its forward op's."""
+    forward = name.removesuffix("_backward")
+    op, backward = (getattr(torch.ops.fastda, n).default for n in (forward, name))
+    for sizes in SIZES:
+        for sample in SAMPLES[forward](sizes):
+            if name == forward:
+                yield op, tuple(x.requires_grad_() if is_floating(x) else x for x in sample)
+                continue
+            value, *saved = op(*sample)
+            tensors = [x for x in sample if isinstance(x, torch.Tensor)]
+            constants = [x for x in sample if not isinstance(x, torch.Tensor)]
+            needs = [True] * len(backward._schema.returns)
+            yield backward, (random_like(value, 0), *tensors, *saved, *constants, *needs)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_opcheck(name):
+    assert name.removesuffix("_backward") in SAMPLES, f"fastda::{name} has no sample in this table"
+    for op, sample in samples(name):
+        torch.library.opcheck(op, sample)
+
+
+def test_ops_are_registered():
+    assert set(SAMPLES) <= set(registered())
+    assert all(hasattr(fastda, name) for name in SAMPLES)

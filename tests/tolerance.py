@@ -1,0 +1,118 @@
+"""How exact a fused op has to be: about as exact as the reference, both measured against float64.
+
+The error of the reference is the largest over all elements, at the input and at the same input scaled by a few factors,
+because one evaluation can be exact by luck. A result may be wrong by twice that, plus 4·eps of its own true value.
+Nothing here is more exact than float64, so the error of the reference in float64 is taken to be its error in float32
+times the ratio of their precisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+SCALES = tuple(1 - 0.013 * i for i in range(8))  # at most 1, so that nothing overflows that did not before
+
+
+def is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def map_floating(arguments: Mapping[str, object], change: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
+    """The arguments with their floating tensors changed."""
+    return {name: change(name, value) if is_floating(value) else value for name, value in arguments.items()}
+
+
+def single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def random_like(tensor: Tensor, seed: int) -> Tensor:
+    """Standard normal values in the shape, dtype and device of `tensor`, the same on each device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+
+
+def results(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    arguments: Mapping[str, object],
+    *,
+    constant: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The outputs, and the gradients of all floating inputs that are not `constant`, for random incoming gradients.
+
+    `dtypes` are the dtypes to which the incoming gradients are rounded, by default those of the outputs.
+    """
+    arguments = map_floating(arguments, lambda name, x: x.detach().requires_grad_(grad and name not in constant))
+    outputs = as_tuple(function(**arguments))
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    inputs = {name: x for name, x in arguments.items() if is_floating(x) and x.requires_grad}
+    if inputs:
+        dtypes = dtypes or tuple(y.dtype for y in outputs)
+        incoming = [random_like(y.to(dtype), seed + i).to(y) for i, (y, dtype) in enumerate(zip(outputs, dtypes))]
+        reached = [i for i, y in enumerate(outputs) if y.requires_grad]
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in reached], list(inputs.values()), [incoming[i] for i in reached], materialize_grads=True
+        )
+        named |= {f"gradient of {name}": gradient for name, gradient in zip(inputs, gradients)}
+    return named
+
+
+def assert_close_to_truth(name: str, got: Tensor, reference: Tensor, truth: Tensor, error: float) -> None:
+    """`got` errs by at most 2·error + 4·eps·|truth|, and is not finite in the places and ways that the reference is."""
+    assert got.dtype == reference.dtype, f"{name}: {got.dtype}, the reference has {reference.dtype}"
+    assert got.shape == reference.shape, f"{name}: {tuple(got.shape)}, the reference has {tuple(reference.shape)}"
+    precision = torch.finfo(got.dtype)
+    got, reference, truth = got.double(), reference.double(), truth.double()
+    same = (got == reference) | (got.isnan() & reference.isnan())
+    allowed = 2 * error + 4 * precision.eps * truth.abs() + 2 * precision.eps * precision.tiny
+    close = (got - truth).abs() <= allowed
+    good = torch.where(truth.isfinite(), close | (same & ~reference.isfinite()), same)
+    if not good.all():
+        worst = torch.where(good, -1.0, (got - truth).abs().nan_to_num(torch.inf, torch.inf)).argmax()
+        index = tuple(int(i) for i in torch.unravel_index(worst, got.shape))
+        raise AssertionError(
+            f"{name}{list(index)}: got {got[index]:.17g}, the reference {reference[index]:.17g}, the truth "
+            f"{truth[index]:.17g}; allowed error {allowed[index]:.3g}; {int((~good).sum())} of {good.numel()} are wrong"
+        )
+
+
+def assert_as_accurate_as_reference(
+    fused: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    arguments: Mapping[str, object],
+    *,
+    constant: tuple[str, ...] = (),
+    grad: bool = True,
+    seed: int = 0,
+) -> None:
+    """Values and gradients of `fused` are as exact as those of `reference`, which in float64 is the truth.
+
+    `constant` names the floating arguments that get no gradient. Incoming gradients are random.
+    """
+    options = {"constant": constant, "grad": grad, "seed": seed}
+    expected = results(reference, arguments, **options)
+    dtypes = tuple(x.dtype for name, x in expected.items() if name.startswith("output"))
+    true = results(reference, map_floating(arguments, lambda _, x: x.double()), dtypes=dtypes, **options)
+    errors = dict.fromkeys(expected, 0.0)
+    for scale in SCALES:
+        scaled = map_floating(arguments, lambda name, x: single(x if name in constant else x * scale))
+        found = results(reference, scaled, **options)
+        dtypes = tuple(x.dtype for name, x in found.items() if name.startswith("output"))
+        for name, truth in results(reference, map_floating(scaled, lambda _, x: x.double()), dtypes=dtypes, **options).items():
+            error = (found[name].double() - truth).abs().nan_to_num(0.0, 0.0)
+            relative = torch.finfo(expected[name].dtype).eps / torch.finfo(found[name].dtype).eps
+            errors[name] = max(errors[name], relative * error.max().item() if error.numel() else 0.0)
+    got = results(fused, arguments, constant=constant, grad=grad, seed=seed)
+    assert got.keys() == expected.keys(), f"outputs: got {len(got)} results, the reference has {len(expected)}"
+    for name, truth in true.items():
+        assert_close_to_truth(name, got[name], expected[name], truth, errors[name])
