@@ -74,6 +74,11 @@ def requested() -> str:
     return _requested
 
 
+def check_requested() -> None:
+    """Raise unless the backend that was asked for can be had: a ValueError or RuntimeError with cause and cure."""
+    _check("FASTDA_BACKEND", _requested)
+
+
 def serve(op: str, x: Tensor) -> str:
     """The backend of one call of `op` on a tensor like `x`."""
     if _requested == "reference" or torch.autograd.forward_ad._current_level >= 0:  # forward mode is the formula's
@@ -84,7 +89,7 @@ def serve(op: str, x: Tensor) -> str:
         if reason and not torch.compiler.is_compiling():
             _tell(op, device, reason)
         return backend
-    _check("FASTDA_BACKEND", _requested)
+    check_requested()
     if device != DEVICES[_requested]:
         raise RuntimeError(
             f"{op}: backend {_requested!r} was asked for and serves {DEVICES[_requested]} tensors, got one on {x.device}; "
@@ -136,6 +141,8 @@ def serving(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[OpService]:
                 row = "reference", "no kernel of its own yet"
             elif _requested == "reference":
                 row = "reference", "asked for"
+            elif _requested in DEVICES and device != DEVICES[_requested]:
+                row = "none", f"{_requested} was asked for, and serves {DEVICES[_requested]} tensors alone"
             else:
                 row = _automatic(kernel, device)
             rows.append(OpService(op, device, *row))

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     for *cells, reason in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), reason]).rstrip())
     try:
-        backend.use_backend(backend.requested())
+        backend.check_requested()
     except (ValueError, RuntimeError) as error:
-        print(f"fastda doctor: FASTDA_BACKEND={backend.requested()} cannot be met: {error}", file=sys.stderr)
+        print(f"fastda doctor: {error}", file=sys.stderr)
         return 1
     return 0
 
