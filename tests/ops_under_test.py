@@ -25,7 +25,7 @@ LABEL_KINDS = ("balanced", "unbalanced", "gaps", "one class")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the drawn arguments are. `samples` are source or support samples, `others` target samples or queries."""
+    """How large the drawn arguments are. `samples`: of the source or the support; `others`: targets or queries."""
 
     batch: tuple[int, ...] = ()
     samples: int = 7
@@ -105,6 +105,10 @@ def two_domains(draw: Draw, correction: int = 1, **_: object) -> dict[str, objec
     return {"source": draw.samples(source), "target": draw.samples(target, mean=0.5, deviation=1.5)}
 
 
+def one_domain(draw: Draw, correction: int = 1) -> dict[str, object]:
+    return {"x": two_domains(draw, correction)["source"]}
+
+
 def two_layers(draw: Draw, **options: object) -> dict[str, object]:
     first, second = two_domains(draw, **options), two_domains(draw, **options)
     return {f"{domain}_{i}": x for i, pair in enumerate((first, second)) for domain, x in pair.items()}
@@ -166,7 +170,7 @@ METRIC = {"metric": METRICS}
 SOFTMAX = METRIC | {"temperature": (1.0, 0.5, torch.tensor(2.0))}
 
 OPS = (
-    Op("covariance", lambda draw, correction: {"x": two_domains(draw, correction)["source"]}, {"correction": (1, 0, 2)}),
+    Op("covariance", one_domain, {"correction": (1, 0, 2)}),
     Op("coral_loss", two_domains, CORAL | {"reduction": REDUCTIONS}),
     Op("deep_coral_loss", two_layers, CORAL | {"weights": (None, (0.5, 2.0))}, call=call_on_layers),
     Op("gradient_reversal", reversal, LAMBDA, ("lambd",), reversal=True),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from ops_under_test import BOTH, BY_NAME, Draw
 from tolerance import random_like
 
-# How many source samples, target samples, support samples and queries each process has. Some have none, or too few alone.
+# How many source, target and support samples and queries each process has. Some have none, or too few alone.
 SIZES = {2: ((6, 1, 3, 2), (3, 5, 4, 5)), 3: ((5, 3, 0, 4), (1, 4, 6, 0), (2, 1, 3, 3))}
 FEATURES, CLASSES = 4, 3
 LABELS = {"support_labels": 2, "query_labels": 3, "labels": 2}
@@ -41,7 +43,10 @@ def share(world: int, rank: int, key: str, whole: torch.Tensor) -> torch.Tensor:
     return whole.split([sizes[column(key)] for sizes in SIZES[world]])[rank]
 
 
-def derivatives(function, tensors: dict[str, torch.Tensor], directions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+Tensors = dict[str, torch.Tensor]
+
+
+def derivatives(function, tensors: Tensors, directions: Tensors) -> Tensors:
     """The value, the gradients, and those of the gradients' product with the directions."""
     leaves = {key: x.detach().requires_grad_() if x.is_floating_point() else x for key, x in tensors.items()}
     inputs = {key: x for key, x in leaves.items() if x.is_floating_point()}
@@ -70,9 +75,8 @@ def in_group(world: int, rank: int, group: dist.ProcessGroup) -> dict[tuple[str,
             op, whole = BY_NAME[name.split()[0]].of(module), whole_batch(world, name)
             mine = {key: share(world, rank, key, x) for key, x in whole.items()}
             directions = {key: share(world, rank, key, random_like(x.double(), 1)) for key, x in whole.items()}
-            found[module.__name__, name] = derivatives(
-                lambda op=op, options=options, **tensors: op(**tensors, **options, process_group=group), mine, directions
-            )
+            function = partial(op, **options, process_group=group)
+            found[module.__name__, name] = derivatives(function, mine, directions)
         whole, parameter = whole_batch(world, "coral_loss"), Draw(dtype=torch.float64).normal(FEATURES, 3)
         mine = [share(world, rank, key, x) for key, x in whole.items()]
         gradient = step(module, parameter, *mine, group)

@@ -15,16 +15,18 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of `x` (for "expanded" its first ones, repeated) in another layout, surrounded by NaN where sliced."""
+    """The values of `x` in another layout, surrounded by NaN where sliced; for "expanded" the first ones, repeated.
+
+    Only batches are expanded: samples or features that are all alike make results that are 0 but for rounding.
+    """
     if layout == "transposed" and x.dim() >= 2:
         return x.mT.contiguous().mT
     if layout == "sliced" and x.dim() >= 1:
         around = x.new_full((*(2 * n + 1 for n in x.shape),), torch.nan)
         window = around[tuple(slice(1, None, 2) for _ in x.shape)]
         return window.copy_(x)
-    if layout == "expanded" and x.dim() >= 1 and x.numel() > 0:
-        along = 0 if x.dim() > 2 else x.dim() - 1  # over the batch, else over the features
-        return x.narrow(along, 0, 1).expand_as(x)
+    if layout == "expanded" and x.dim() > 2 and x.numel() > 0:
+        return x[:1].expand_as(x)
     return x
 
 

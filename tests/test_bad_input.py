@@ -85,11 +85,11 @@ NUMBERS = {
     "correction": [(-1, ValueError), (1.0, TypeError), (True, TypeError), (None, TypeError)],
     "mean_weight": [(-0.5, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)],
     "num_classes": [(0, ValueError), (-2, ValueError), (3.0, TypeError), (True, TypeError)],
-    "temperature": [(0, ValueError), (-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)],
+    "temperature": [*((x, ValueError) for x in (0, -1.0, math.nan, math.inf)), ("1", TypeError)],
     "label_smoothing": [(-0.1, ValueError), (1.1, ValueError), (math.nan, ValueError), ("0", TypeError)],
     "ignore_index": [(1.0, TypeError), (True, TypeError), (None, TypeError)],
     "k": [(0, ValueError), (-1, ValueError), (4, ValueError), (1.0, TypeError), (True, TypeError)],
-    "lambd": [(math.nan, ValueError), (math.inf, ValueError), (-math.inf, ValueError), ("1", TypeError), (True, TypeError)],
+    "lambd": [*((x, ValueError) for x in (math.nan, math.inf, -math.inf)), ("1", TypeError), (True, TypeError)],
 }
 SCALARS = {
     "temperature": [(torch.ones(1), ValueError, "shape (1,)"), (torch.tensor(1), TypeError, "torch.int64")],

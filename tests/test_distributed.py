@@ -30,8 +30,8 @@ def processes(request, folder):
 @each_module
 @pytest.mark.parametrize("name", CALLS)
 def test_values_and_derivatives(processes, module, name):
-    """The value is the whole batch's on each process. The gradients of a process are its share of the whole batch's, times
-    the number of processes, so that their mean over the processes is the gradient of one."""
+    """The value is the whole batch's on each process. The gradients of a process are its share of the whole batch's,
+    times the number of processes, so that their mean over the processes is the gradient of one."""
     world = len(processes)
     op, whole = BY_NAME[name.split()[0]].of(module), whole_batch(world, name)
     directions = {key: random_like(x.double(), 1) for key, x in whole.items()}
@@ -56,7 +56,8 @@ def test_a_training_step_is_that_of_one_process(processes, module):
 @each_module
 def test_too_few_samples_in_all_processes_together(processes, module):
     for found in processes:
-        assert found[module.__name__, "error"].startswith("source: expected at least correction + 1 = 2 samples, got 1;")
+        message = "source: expected at least correction + 1 = 2 samples, got 1;"
+        assert found[module.__name__, "error"].startswith(message)
 
 
 @each_module

@@ -96,7 +96,8 @@ def test_accepts_the_reference_on_permuted_features(name):
     op = BY_NAME[name]
     generator = torch.Generator().manual_seed(0)
     for seed in range(300):
-        samples, others, features, half = torch.randint(2, 40, (4,), generator=generator).tolist()
-        draw = Draw(Sizes(samples=samples, others=others, features=features), (torch.float32, torch.float64)[half % 2], seed)
+        samples, others, features = torch.randint(2, 40, (3,), generator=generator).tolist()
+        sizes = Sizes(samples=samples, others=others, features=features)
+        draw = Draw(sizes, (torch.float32, torch.float64)[seed % 2], seed)
         function = permuted(name, torch.randperm(features, generator=generator))
         assert_as_accurate_as_reference(function, op.of(fastda.reference), op.arguments(draw), seed=seed)

@@ -108,7 +108,8 @@ def assert_as_accurate_as_reference(
         scaled = map_floating(arguments, lambda name, x: single(x if name in constant else x * scale))
         found = results(reference, scaled, **options)
         dtypes = tuple(x.dtype for name, x in found.items() if name.startswith("output"))
-        for name, truth in results(reference, map_floating(scaled, lambda _, x: x.double()), dtypes=dtypes, **options).items():
+        truths = results(reference, map_floating(scaled, lambda _, x: x.double()), dtypes=dtypes, **options)
+        for name, truth in truths.items():
             error = (found[name].double() - truth).abs().nan_to_num(0.0, 0.0)
             relative = torch.finfo(expected[name].dtype).eps / torch.finfo(found[name].dtype).eps
             errors[name] = max(errors[name], relative * error.max().item() if error.numel() else 0.0)
