@@ -29,9 +29,7 @@ def dann_lambda(progress: float, gamma: float = 10.0) -> float:
     return 2 / (1 + math.exp(-gamma * progress)) - 1
 
 
-def warm_start_lambda(
-    step: int, alpha: float = 1.0, low: float = 0.0, high: float = 1.0, max_steps: int = 1000
-) -> float:
+def warm_start_lambda(step: int, alpha: float = 1.0, low: float = 0.0, high: float = 1.0, max_steps: int = 1000) -> float:
     r"""λ of TLlib's warm start, from `low` towards `high`.
 
     .. math:: \lambda = \frac{2 (h - l)}{1 + e^{-\alpha i / N}} - (h - l) + l
@@ -47,6 +45,8 @@ def warm_start_lambda(
 
     Raises:
         ValueError: `step` below 0 or `max_steps` below 1.
+
+    Source: WarmStartGradientReverseLayer of the Transfer Learning Library (TLlib).
 
     Example:
         >>> from fastda.schedules import warm_start_lambda
@@ -70,6 +70,8 @@ def normalised_lambda(step: int, max_steps: int, lambda_max: float = 1.0, gamma:
 
     Raises:
         ValueError: `step` below 0, `max_steps` below 1 or `gamma` 0.
+
+    Source: UpdateLambda of the library adapt, after Ganin et al., JMLR 2016.
 
     Example:
         >>> from fastda.schedules import normalised_lambda

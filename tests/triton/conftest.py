@@ -1,20 +1,24 @@
-"""The room of the Triton kernels' tests: here they run under Triton's interpreter, on CPU tensors.
+"""The room of the Triton kernels' tests under Triton's interpreter, on CPU tensors; tests/conftest.py chooses it.
 
-The variable has to be set before a kernel is imported; a test that compiles kernels runs them in a process of its own.
+On a GPU machine the kernels run compiled, in tests/gpu.
 """
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        skip = pytest.mark.skip(reason=f"Triton is not installed here: {error}")
-        for item in items:
-            if item.path.is_relative_to(os.path.dirname(__file__)):
-                item.add_marker(skip)
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "there is a GPU: Triton's interpreter is off, and tests/gpu has the compiled kernels"
+    else:
+        return
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.skip(reason=reason))
