@@ -5,6 +5,8 @@
 #include <ATen/core/stack.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <mutex>
+
 namespace fastda {
 namespace {
 
@@ -29,6 +31,7 @@ struct Signature {
   size_t tensors = 0;         // tensor arguments, the differentiable ones first
   size_t differentiable = 0;  // as many as the backward op has `need_` flags
   size_t arguments = 0;
+  size_t values = 0;  // as many as the backward op has `grad_` tensors
   size_t results = 0;
 };
 
@@ -41,15 +44,15 @@ size_t leading_tensors(const c10::FunctionSchema& schema) {
   return count;
 }
 
-size_t flags(const c10::FunctionSchema& schema) {
+size_t count_named(const c10::FunctionSchema& schema, const char* prefix) {
   size_t count = 0;
-  for (const auto& argument : schema.arguments()) count += argument.name().rfind("need_", 0) == 0;
+  for (const auto& argument : schema.arguments()) count += argument.name().rfind(prefix, 0) == 0;
   return count;
 }
 
 Signature signature_of(const OperatorHandle& op, const OperatorHandle& backward) {
-  return {leading_tensors(op.schema()), flags(backward.schema()), op.schema().arguments().size(),
-          op.schema().returns().size()};
+  return {leading_tensors(op.schema()), count_named(backward.schema(), "need_"), op.schema().arguments().size(),
+          count_named(backward.schema(), "grad_"), op.schema().returns().size()};
 }
 
 OperatorHandle find(const std::string& name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), ""); }
@@ -80,11 +83,19 @@ std::string node_name(const OperatorHandle& op) { return op.schema().name() + "B
 struct FusedNode : Node {
   explicit FusedNode(const OperatorHandle& op) : op(op) {}
 
-  void save(const Tensor& x) { saved.emplace_back(x, /*is_output=*/false); }
+  // An inference tensor cannot be saved; a copy of it can.
+  void save(const Tensor& x) { saved.emplace_back(x.is_inference() ? x.clone() : x, /*is_output=*/false); }
   void save(const IValue* values, size_t count) {
     for (size_t i = 0; i < count; ++i) save(values[i].toTensor());
   }
+  std::vector<Tensor> unpack() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Tensor> tensors;
+    for (const auto& variable : saved) tensors.push_back(variable.unpack());
+    return tensors;
+  }
   void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& variable : saved) variable.reset_data();
   }
   std::string name() const override { return node_name(op); }
@@ -94,20 +105,27 @@ struct FusedNode : Node {
   std::vector<IValue> constants;
 };
 
-// The derivative of an op's value: its backward op.
+// The derivative of an op's values: its backward op.
 struct Gradient : FusedNode {
   using FusedNode::FusedNode;
 
   variable_list apply(variable_list&& incoming) override {
     const size_t differentiable = num_outputs();
-    if (!incoming[0].defined()) return variable_list(differentiable);
-    Stack stack{incoming[0]};
-    for (const auto& variable : saved) stack.emplace_back(variable.unpack());
+    if (std::none_of(incoming.begin(), incoming.end(), [](const Tensor& grad) { return grad.defined(); })) {
+      return variable_list(differentiable);
+    }
+    Stack stack;
+    for (size_t i = 0; i < incoming.size(); ++i) {
+      stack.emplace_back(incoming[i].defined() ? incoming[i] : input_metadata(i).zeros_like());
+    }
+    for (Tensor& tensor : unpack()) stack.emplace_back(std::move(tensor));
     stack.insert(stack.end(), constants.begin(), constants.end());
     for (size_t i = 0; i < differentiable; ++i) stack.emplace_back(task_should_compute_output(i));
     find(op.schema().name() + "_backward").callBoxed(stack);
     variable_list results;
-    for (size_t i = 0; i < differentiable; ++i) results.push_back(task_should_compute_output(i) ? stack[i].toTensor() : Tensor());
+    for (size_t i = 0; i < differentiable; ++i) {
+      results.push_back(task_should_compute_output(i) ? stack[i].toTensor() : Tensor());
+    }
     return results;
   }
 };
@@ -117,10 +135,8 @@ struct SecondGradient : FusedNode {
   using FusedNode::FusedNode;
 
   variable_list apply(variable_list&& incoming) override {
-    std::vector<Tensor> grad_and_tensors;
-    for (const auto& variable : saved) grad_and_tensors.push_back(variable.unpack());
     TORCH_CHECK(second_order(), op.schema().name(), ": its second derivative needs the Python package fastda");
-    return second_order()(forward_name, incoming, grad_and_tensors, constants, needs);
+    return second_order()(forward_name, incoming, unpack(), constants, needs);
   }
 
   std::string forward_name;
@@ -146,8 +162,8 @@ void forward_kernel(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* s
   }
   if (node) {
     const IValue* results = stack->data() + stack->size() - signature.results;
-    torch::autograd::set_history(results[0].toTensor(), node);
-    node->save(results + 1, signature.results - 1);
+    for (size_t i = 0; i < signature.values; ++i) torch::autograd::set_history(results[i].toTensor(), node);
+    node->save(results + signature.values, signature.results - signature.values);
   }
 }
 
@@ -157,7 +173,7 @@ void backward_kernel(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
   const Signature signature = signature_of(forward, op);
   const size_t count = op.schema().arguments().size();
   const IValue* arguments = stack->data() + stack->size() - count;
-  const size_t variables = 1 + signature.differentiable;  // the incoming gradient, and the differentiable tensors
+  const size_t variables = signature.values + signature.differentiable;
   refuse_tangents(op, arguments, variables);
 
   Held<SecondGradient> node;
@@ -165,8 +181,8 @@ void backward_kernel(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
     node = make_node<SecondGradient>(op);
     node->set_next_edges(edges(arguments, variables));
     node->forward_name = forward.schema().name();
-    node->save(arguments, 1 + signature.tensors);
-    const IValue* constants = arguments + 1 + signature.tensors + signature.results - 1;
+    node->save(arguments, signature.values + signature.tensors);
+    const IValue* constants = arguments + signature.tensors + signature.results;
     const IValue* needs = arguments + count - signature.differentiable;
     node->constants.assign(constants, needs);
     for (size_t i = 0; i < signature.differentiable; ++i) node->needs.push_back(needs[i].toBool());

@@ -39,4 +39,24 @@ inline int64_t grain(int64_t work) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, work));
 }
 
+// Checks of a direct call of an op; the public functions have said more by then.
+inline void check_features(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (..., samples, features), got ", x.sizes());
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, name,
+                   ": expected float32, float64, bfloat16 or float16, got ", dtype);
+}
+
+inline void check_same(const char* name, const at::Tensor& x, const char* other_name, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 2) == other.sizes().slice(0, other.dim() - 2) && x.size(-1) == other.size(-1),
+                    name, ": expected the batch dimensions and features of ", other_name, ", ", other.sizes(), ", got ",
+                    x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected the dtype of ", other_name, ", ",
+                   other.scalar_type(), ", got ", x.scalar_type());
+}
+
+inline void check_count(const char* name, const at::Tensor& x, int64_t count) {
+  TORCH_CHECK_VALUE(x.numel() == count, name, ": expected ", count, " elements, got shape ", x.sizes());
+}
+
 }  // namespace fastda

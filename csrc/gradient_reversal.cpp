@@ -5,9 +5,12 @@
 #include "autograd.h"
 #include "common.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/alias.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include <mutex>
 
 namespace fastda {
 namespace {
@@ -30,12 +33,19 @@ struct GradientReversal : torch::autograd::Node {
     const Tensor& grad = grads[0];
     if (!grad.defined()) return {Tensor()};
     if (number) return {at::mul(grad, -*number)};
-    Tensor factor = lambd.unpack().neg();
+    Tensor factor = unpack().neg();
     while (factor.dim() > 0 && factor.dim() < grad.dim()) factor = factor.unsqueeze(-1);  // one λ for each batch element
     return {at::mul(grad, factor).to(grad.scalar_type())};
   }
 
-  void release_variables() override { lambd.reset_data(); }
+  Tensor unpack() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return lambd.unpack();
+  }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lambd.reset_data();
+  }
   std::string name() const override { return "fastda::GradientReversalBackward"; }
 
   std::optional<double> number;
@@ -57,6 +67,7 @@ auto reversal_node(const Tensor& x, const Lambda& lambd) {
 }
 
 Tensor reversal_autograd(const Tensor& x, const Tensor& lambd) {
+  TORCH_CHECK(!x._fw_grad(/*level=*/0).defined(), "fastda::gradient_reversal: has no forward-mode derivative");
   Tensor result;
   {
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -5,7 +5,8 @@
 `FASTDA_BACKEND`        the same, from the environment, read when fastda is imported
 ======================  ==============================================================================================
 
-At installation `FASTDA_NO_KERNELS=1` leaves the compiled core out.
+Both concern the ops that have a kernel; the others are the reference under every setting. At installation
+`FASTDA_NO_KERNELS=1` leaves the compiled core out.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        global _requested
         _check("name", name)
-        self._before = _requested
-        _requested = name
+        self._name, self._before = name, _requested
+        self.__enter__()
 
     def __enter__(self) -> use_backend:
+        global _requested
+        _requested = self._name
         return self
 
     def __exit__(self, *exception) -> None:

@@ -26,7 +26,7 @@ def dann_lambda(progress: float, gamma: float = 10.0) -> float:
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress: expected a share of training in [0, 1], got {progress}; divide the step by their number")
-    return 2 / (1 + math.exp(-gamma * progress)) - 1
+    return math.tanh(gamma * progress / 2)  # the same, and never overflows
 
 
 def warm_start_lambda(step: int, alpha: float = 1.0, low: float = 0.0, high: float = 1.0, max_steps: int = 1000) -> float:
@@ -54,7 +54,7 @@ def warm_start_lambda(step: int, alpha: float = 1.0, low: float = 0.0, high: flo
         0.462
     """
     _check_steps(step, max_steps)
-    return 2 * (high - low) / (1 + math.exp(-alpha * step / max_steps)) - (high - low) + low
+    return low + (high - low) * math.tanh(alpha * step / max_steps / 2)  # the same, and never overflows
 
 
 def normalised_lambda(step: int, max_steps: int, lambda_max: float = 1.0, gamma: float = 1.0) -> float:

@@ -36,6 +36,15 @@ def test_use_backend_sets_and_a_with_block_restores():
     assert backend.requested() == "auto"
 
 
+def test_a_choice_can_be_used_again():
+    choice = fastda.use_backend("reference")
+    choice.__exit__()
+    for _ in range(2):
+        with choice:
+            assert backend.requested() == "reference"
+        assert backend.requested() == "auto"
+
+
 def test_the_reference_really_runs(monkeypatch):
     from fastda import reference
 

@@ -118,7 +118,7 @@ def test_edge_cases(module):
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_samples(module, name, count):
     arguments = {"source": torch.ones(4, 3), "target": torch.ones(4, 3), name: torch.ones(count, 3)}
-    with pytest.raises(ValueError, match=rf"^{name}: expected at least correction \+ 1 = 2 samples, got {count};"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected at least 2 samples \(correction \+ 1\), got {count};"):
         module.coral_loss(**arguments)
 
 
@@ -147,3 +147,35 @@ def test_options_do_not_change_the_accuracy(pair):
     for options in ({"mean_weight": 2.5, "scale": "mean"}, {"correction": 0, "scale": "sum"}):
         arguments = {"source": source, "target": target, **options}
         assert_as_accurate_as_reference(fastda.coral_loss, fastda.reference.coral_loss, arguments)
+
+
+@each_module
+@pytest.mark.parametrize("samples, features", [(32, 256), (20, 130), (40, 30)])
+@pytest.mark.parametrize("noise", [1e-3, 1e-6, 1e-8])
+def test_float64_domains_that_nearly_agree(module, samples, features, noise):
+    """Truth from Cs − Ct = UᵀV + VᵀU with U = Xs − Xt and V = (Xs + Xt)/2, centred, which does not cancel."""
+    generator = torch.Generator().manual_seed(0)
+    source, difference = torch.randn(2, samples, features, dtype=torch.float64, generator=generator)
+    target = source + noise * difference
+    u, v = source - target, (source + target) / 2
+    u, v = u - u.mean(0), v - v.mean(0)
+    truth = (u.T @ v + v.T @ u).div(samples - 1).square().sum() / (4 * features**2)
+    assert_close(module.coral_loss(source, target), truth, rtol=1e-5, atol=0)
+
+
+def test_difference_of_means_far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    source = 1000 + torch.randn(32, 256, generator=generator)
+    target = source + 1e-3 * torch.randn(32, 256, generator=generator)
+    got, truth = (fastda.coral_loss(x, y, mean_weight=1.0) for x, y in ((source, target), (source.double(), target.double())))
+    assert_close(got.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_features_made_in_inference_mode():
+    source = torch.randn(6, 9, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        target = source + 1
+        target[0] *= 2
+    fastda.coral_loss(source, target).backward()
+    (expected,) = torch.autograd.grad(fastda.reference.coral_loss(source, target.clone()), source)
+    assert_close(source.grad, expected)

@@ -59,6 +59,6 @@ def test_empty(module):
 @each_module
 @pytest.mark.parametrize("count, correction", [(0, 0), (0, 1), (1, 1), (2, 2)])
 def test_too_few_samples(module, count, correction):
-    message = rf"^x: expected at least correction \+ 1 = {correction + 1} samples, got {count};"
+    message = rf"^x: expected at least {correction + 1} samples \(correction \+ 1\), got {count};"
     with pytest.raises(ValueError, match=message):
         module.covariance(torch.ones(count, 3), correction=correction)

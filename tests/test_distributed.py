@@ -56,7 +56,7 @@ def test_a_training_step_is_that_of_one_process(processes, module):
 @each_module
 def test_too_few_samples_in_all_processes_together(processes, module):
     for found in processes:
-        message = "source: expected at least correction + 1 = 2 samples, got 1;"
+        message = "source: expected at least 2 samples (correction + 1), got 1;"
         assert found[module.__name__, "error"].startswith(message)
 
 

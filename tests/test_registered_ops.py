@@ -25,9 +25,9 @@ SIZES = (
 
 
 def coral_loss(sizes):
-    for dtype, scale, weight in zip(DTYPES, ("paper", "sum", "mean"), (0.0, 0.5, 1.0)):
+    for dtype, scale in zip(DTYPES, ("paper", "sum", "mean")):
         draw = Draw(sizes, dtype)
-        yield draw.samples(sizes.samples), draw.samples(sizes.others), 1, scale, weight
+        yield draw.samples(sizes.samples), draw.samples(sizes.others), 1, scale
 
 
 def gradient_reversal(sizes):
@@ -62,11 +62,13 @@ def samples(name: str):
             if name == forward:
                 yield op, tuple(x.requires_grad_() if is_floating(x) else x for x in sample)
                 continue
-            value, *saved = op(*sample)
+            results = op(*sample)
+            values = sum(argument.name.startswith("grad_") for argument in backward._schema.arguments)
+            grads, saved = [random_like(value, i) for i, value in enumerate(results[:values])], results[values:]
             tensors = [x for x in sample if isinstance(x, torch.Tensor)]
             constants = [x for x in sample if not isinstance(x, torch.Tensor)]
             needs = [True] * len(backward._schema.returns)
-            yield backward, (random_like(value, 0), *tensors, *saved, *constants, *needs)
+            yield backward, (*grads, *tensors, *saved, *constants, *needs)
 
 
 @pytest.mark.parametrize("name", registered())
@@ -79,3 +81,35 @@ def test_opcheck(name):
 def test_ops_are_registered():
     assert set(SAMPLES) <= set(registered())
     assert all(hasattr(fastda, name) for name in SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.ones(3, 5), torch.ones(3, 50_000), 1, "paper"), "target: expected the batch dimensions and features"),
+        ((torch.ones(3, 5), torch.ones(5), 1, "paper"), "target: expected shape"),
+        ((torch.ones(3, 5), torch.ones(1, 5), 1, "paper"), "more samples than correction"),
+        ((torch.ones(3, 5), torch.ones(3, 5).double(), 1, "paper"), "target: expected the dtype of source"),
+        ((torch.ones(3, 5).long(), torch.ones(3, 5).long(), 1, "paper"), "source: expected float32"),
+        ((torch.ones(3, 5), torch.ones(3, 5), 1, "papper"), "scale: expected 'paper'"),
+    ],
+)
+def test_a_direct_call_of_coral_is_checked(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.fastda.coral_loss(*arguments)
+
+
+def test_a_direct_call_of_the_prototypical_loss_is_checked():
+    features, labels, temperature = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64), torch.tensor(1.0)
+    for changed, message in (
+        ({3: labels[:1]}, "support_labels: expected 3 elements"),
+        ({4: labels[:1]}, "query_labels: expected 3 elements"),
+        ({4: labels.int()}, "labels: expected int64"),
+        ({2: torch.ones(2)}, "temperature: expected 1 elements"),
+        ({1: torch.ones(3, 6)}, "queries: expected the batch dimensions and features"),
+        ({5: 0}, "num_classes: expected at least 1"),
+        ({6: "l1"}, "metric: expected 'sqeuclidean'"),
+    ):
+        arguments = dict(enumerate((features, features, temperature, labels, labels, 2, "cosine"))) | changed
+        with pytest.raises((TypeError, ValueError), match=message):
+            torch.ops.fastda.prototypical_loss(*arguments.values())

@@ -123,6 +123,36 @@ def test_compiles_once_for_all_values(op):
     check_compiles_once(op, [op.arguments(Draw(seed=seed)) for seed in range(3)], dynamic=False)
 
 
+@pytest.mark.parametrize("module", [fastda, fastda.reference], ids=["fastda", "reference"])
+@pytest.mark.parametrize("option", ["mean_weight", "temperature", "lambd"])
+def test_a_number_recompiles_at_most_once(option, module):
+    x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).chunk(2)
+    x.requires_grad_()
+    labels = torch.tensor([0, 1, 1])
+    function = {
+        "mean_weight": lambda value: module.coral_loss(x, y, mean_weight=value),
+        "temperature": lambda value: module.prototypical_loss(x, labels, y, labels, 2, temperature=value),
+        "lambd": lambda value: module.gradient_reversal(x, value).sin(),
+    }[option]
+    one_graph, counter = compiled(function, dynamic=None)
+    for i in range(11):
+        got, expected = (call(0.1 + 0.05 * i).sum() for call in (one_graph, function))
+        assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+    assert counter.frame_count <= 2
+
+
+def test_exports_with_any_number_of_samples():
+    class Loss(torch.nn.Module):
+        def forward(self, source, target):
+            return fastda.coral_loss(source, target)
+
+    source, target = torch.randn(86, 64, generator=torch.Generator().manual_seed(0)).split([80, 6])
+    samples = torch.export.Dim("samples", min=2, max=1000)
+    exported = torch.export.export(Loss(), (source[:9], target), dynamic_shapes=({0: samples}, None)).module()
+    for count in (9, 80):  # fewer and more samples than features
+        assert_close(exported(source[:count], target), fastda.coral_loss(source[:count], target))
+
+
 @each_op
 def test_compiles_once_for_all_sizes(op):
     different = ((4, 7, 5, 20), (2, 9, 6, 23), (8, 10, 12, 30))  # no two alike, which would be taken for the same

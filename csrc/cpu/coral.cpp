@@ -9,12 +9,10 @@
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/zeros.h>
 
 #include <cmath>
 #include <tuple>
@@ -26,6 +24,7 @@ namespace fastda {
 namespace {
 
 using at::Tensor;
+using Values = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Below this share of ‖Cs‖² + ‖Ct‖² the terms of the Gram form cancel, and float32 products are taken again in float64.
 constexpr double cancels_below = 1e-2;
@@ -62,7 +61,7 @@ void centre(const Tensor& x, const Tensor& centred, int64_t offset, const Tensor
   const int64_t tasks = (features + columns_per_task - 1) / columns_per_task;
   const T* from = x.const_data_ptr<T>();
   T* to = centred.mutable_data_ptr<T>() + offset * features;
-  T* means = mean.mutable_data_ptr<T>();
+  double* means = mean.mutable_data_ptr<double>();
   const int64_t x_batch = x.stride(0), x_row = x.stride(1), to_batch = centred.size(1) * features;
   at::parallel_for(0, batch * tasks, grain(rows * columns_per_task), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -101,9 +100,51 @@ bool identical_domains(const Tensor& centred, const Sizes& sizes) {
          at::equal(centred.narrow(0, 0, sizes.source), centred.narrow(0, sizes.source, sizes.target));
 }
 
+// Z Zᵀ. One matrix is taken in bands of rows, each against the rows from its own on: little more than half of the products.
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source, const Tensor& target, int64_t correction,
-                                                   double factor, double mean_weight) {
+Tensor gram_matrix(const Tensor& z) {
+  const int64_t n = z.size(1), band = n < 128 ? 32 : 64;
+  if (z.size(0) != 1 || n < 2 * band) return at::bmm(z, z.mT());
+  const Tensor rows = z[0];
+  Tensor gram = at::empty({n, n}, z.options());
+  for (int64_t i = 0; i < n; i += band) {
+    const int64_t count = std::min(band, n - i);
+    Tensor upper = gram.narrow(0, i, count).narrow(1, i, n - i);
+    at::mm_out(upper, rows.narrow(0, i, count), rows.narrow(0, i, n - i).t());
+  }
+  T* values = gram.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < i; ++j) values[i * n + j] = values[j * n + i];
+  }
+  return gram.unsqueeze(0);
+}
+
+// ‖Cs − Ct‖² of float64 features whose Gram terms cancel, from the difference itself, a band of its rows at a time.
+double norm_of_difference(const Tensor& z, const Sizes& sizes, double source_weight, double target_weight) {
+  constexpr int64_t band = 64;
+  const Tensor s = z.narrow(0, 0, sizes.source), t = z.narrow(0, sizes.source, sizes.target);
+  double norm = 0;
+  for (int64_t i = 0; i < sizes.features; i += band) {
+    const int64_t count = std::min(band, sizes.features - i);
+    Tensor difference = at::empty({count, sizes.features}, z.options());
+    at::addmm_out(difference, difference, s.narrow(1, i, count).t(), s, 0, source_weight);
+    at::addmm_out(difference, difference, t.narrow(1, i, count).t(), t, 1, -target_weight);
+    norm += squares(difference.const_data_ptr<double>(), count, sizes.features, sizes.features);
+  }
+  return norm;
+}
+
+// The same of features whose Gram terms cancel in their own precision: never negative, 0 for identical domains.
+double careful_norm(const Tensor& z, const Sizes& sizes, double source_weight, double target_weight) {
+  if (identical_domains(z, sizes)) return 0;
+  if (z.scalar_type() == at::kDouble) return norm_of_difference(z, sizes, source_weight, target_weight);
+  const Tensor exact = z.to(at::kDouble);
+  const Tensor gram = at::mm(exact, exact.t());
+  return std::max(gram_terms(gram.const_data_ptr<double>(), sizes, source_weight, target_weight).norm(), 0.0);
+}
+
+template <typename T>
+Values forward(const Tensor& source, const Tensor& target, int64_t correction, double factor) {
   const Sizes sizes = sizes_of(source, target);
   const int64_t batch = sizes.batch, features = sizes.features, n = sizes.samples();
   const auto dtype = accumulate_type(source.scalar_type());
@@ -111,13 +152,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source, const T
   const double source_weight = 1.0 / (sizes.source - correction), target_weight = 1.0 / (sizes.target - correction);
 
   Tensor centred = at::empty({batch, n, features}, options);
-  Tensor source_mean = at::empty({batch, features}, options), target_mean = at::empty({batch, features}, options);
+  Tensor source_mean = at::empty({batch, features}, options.dtype(at::kDouble)), target_mean = at::empty_like(source_mean);
   centre<T>(rows_of(source, dtype, batch), centred, 0, source_mean);
   centre<T>(rows_of(target, dtype, batch), centred, sizes.source, target_mean);
 
   Tensor products;
   if (sizes.gram()) {
-    products = at::bmm(centred, centred.mT());
+    products = gram_matrix<T>(centred);
   } else {
     const Tensor s = centred.narrow(1, 0, sizes.source), t = centred.narrow(1, sizes.source, sizes.target);
     products = at::empty({batch, features, features}, options);
@@ -128,39 +169,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source, const T
     }
   }
 
-  Tensor losses = at::empty({batch}, options);
-  T* loss = losses.mutable_data_ptr<T>();
+  Tensor losses = at::empty({batch}, options), mean_distances = at::empty({batch}, options);
+  const Tensor mean_difference = source_mean.sub_(target_mean);
+  T *loss = losses.mutable_data_ptr<T>(), *mean_distance = mean_distances.mutable_data_ptr<T>();
   const T* product = products.const_data_ptr<T>();
-  const T *mean_s = source_mean.const_data_ptr<T>(), *mean_t = target_mean.const_data_ptr<T>();
+  const double* difference = mean_difference.const_data_ptr<double>();
   const int64_t side = products.size(-1);
   for (int64_t b = 0; b < batch; ++b) {
     double norm;
     if (sizes.gram()) {
-      GramTerms terms = gram_terms(product + b * side * side, sizes, source_weight, target_weight);
-      if (terms.cancel()) {
-        const Tensor exact = centred[b].to(at::kDouble);
-        const Tensor gram = at::mm(exact, exact.t());
-        terms = gram_terms(gram.const_data_ptr<double>(), sizes, source_weight, target_weight);
-        if (identical_domains(exact, sizes)) terms = {0, 0};
-      }
-      norm = std::isnan(terms.norm()) ? terms.norm() : std::max(terms.norm(), 0.0);
+      const GramTerms terms = gram_terms(product + b * side * side, sizes, source_weight, target_weight);
+      norm = terms.cancel() ? careful_norm(centred[b], sizes, source_weight, target_weight) : terms.norm();
     } else {
       norm = squares(product + b * side * side, side, side, side);
     }
-    double total = factor * norm;
-    if (mean_weight != 0) {
-      double distance = 0;
-      for (int64_t d = 0; d < features; ++d) {
-        const double difference = static_cast<double>(mean_s[b * features + d]) - mean_t[b * features + d];
-        distance += difference * difference;
-      }
-      total += mean_weight * distance / std::max<int64_t>(features, 1);
-    }
-    loss[b] = static_cast<T>(total);
+    loss[b] = static_cast<T>(factor * norm);
+    const double total = squares(difference + b * features, 1, features, features);
+    mean_distance[b] = static_cast<T>(total / std::max<int64_t>(features, 1));
   }
-  return {losses.reshape(batched(source, 2, {})), centred.reshape(batched(source, 2, {n, features})),
-          products.reshape(batched(source, 2, {side, side})),
-          source_mean.sub_(target_mean).reshape(batched(source, 2, {features}))};
+  return {losses.reshape(batched(source, 2, {})), mean_distances.reshape(batched(source, 2, {})),
+          centred.reshape(batched(source, 2, {n, features})), products.reshape(batched(source, 2, {side, side})),
+          mean_difference.to(dtype).reshape(batched(source, 2, {features}))};
 }
 
 // A: the Gram matrix with the weights of its row and column and the incoming gradient, so that the gradient is A Z.
@@ -175,18 +204,21 @@ void scale_gram(const T* gram, const Sizes& sizes, double source_weight, double 
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& source, const Tensor& target, const Tensor& centred,
-                                    const Tensor& products, const Tensor& mean_difference, int64_t correction, double factor,
-                                    double mean_weight, bool need_source, bool need_target) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_mean_distance, const Tensor& source,
+                                    const Tensor& target, const Tensor& centred, const Tensor& products,
+                                    const Tensor& mean_difference, int64_t correction, double factor, bool need_source,
+                                    bool need_target) {
   const Sizes sizes = sizes_of(source, target);
   const int64_t batch = sizes.batch, features = sizes.features, n = sizes.samples(), side = products.size(-1);
   const auto dtype = accumulate_type(source.scalar_type());
   const auto options = source.options().dtype(dtype);
   const double source_weight = 1.0 / (sizes.source - correction), target_weight = 1.0 / (sizes.target - correction);
 
-  const Tensor incoming = grad.to(dtype).reshape({batch}).contiguous();
-  const Tensor z = centred.reshape({batch, n, features}), p = products.reshape({batch, side, side});
-  const Tensor means = mean_difference.reshape({batch, features});
+  const Tensor incoming = grad_loss.to(dtype).reshape({batch}).contiguous();
+  const Tensor of_means = grad_mean_distance.to(dtype).reshape({batch}).contiguous();
+  const Tensor z = centred.to(dtype).reshape({batch, n, features}).contiguous();
+  const Tensor p = products.to(dtype).reshape({batch, side, side}).contiguous();
+  const Tensor means = mean_difference.to(dtype).reshape({batch, features});
   const T* g = incoming.const_data_ptr<T>();
   Tensor grad_source = at::empty({need_source ? batch : 0, sizes.source, features}, options);
   Tensor grad_target = at::empty({need_target ? batch : 0, sizes.target, features}, options);
@@ -223,8 +255,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& source, co
     if (need_source) grad_source[b].copy_(at::mm(a.narrow(0, 0, sizes.source), exact));
     if (need_target) grad_target[b].copy_(at::mm(a.narrow(0, sizes.source, sizes.target), exact));
   }
-  if (mean_weight != 0) {
-    const Tensor pull = at::mul(means, incoming.unsqueeze(-1)).mul_(2 * mean_weight / std::max<int64_t>(features, 1)).unsqueeze(1);
+  const T* pulls = of_means.const_data_ptr<T>();
+  if (std::any_of(pulls, pulls + batch, [](T pull) { return pull != 0; })) {
+    const Tensor pull = at::mul(means, of_means.unsqueeze(-1)).mul_(2.0 / std::max<int64_t>(features, 1)).unsqueeze(1);
     if (need_source) grad_source.add_(pull, 1.0 / sizes.source);
     if (need_target) grad_target.sub_(pull, 1.0 / sizes.target);
   }
@@ -234,24 +267,41 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& source, co
   return {finish(grad_source, source, need_source), finish(grad_target, target, need_target)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> coral_loss(const Tensor& source, const Tensor& target, int64_t correction,
-                                                      c10::string_view scale, double mean_weight) {
-  const KernelGuard guard;
-  const double factor = scale_factor(scale, source.size(-1));
-  return accumulate_type(source.scalar_type()) == at::kDouble
-             ? forward<double>(source, target, correction, factor, mean_weight)
-             : forward<float>(source, target, correction, factor, mean_weight);
+// The public function names what is wrong; these keep a direct call of the op from reading past the end.
+void check(const Tensor& source, const Tensor& target, int64_t correction) {
+  check_features("source", source);
+  check_features("target", target);
+  check_same("target", target, "source", source);
+  for (const int64_t samples : {source.size(-2), target.size(-2)}) {
+    TORCH_CHECK_VALUE(samples > correction, "expected more samples than correction, ", correction, ", got ", samples);
+  }
 }
 
-std::tuple<Tensor, Tensor> coral_loss_backward(const Tensor& grad, const Tensor& source, const Tensor& target,
-                                               const Tensor& centred, const Tensor& products, const Tensor& mean_difference,
-                                               int64_t correction, c10::string_view scale, double mean_weight,
-                                               bool need_source, bool need_target) {
+Values coral_loss(const Tensor& source, const Tensor& target, int64_t correction, c10::string_view scale) {
   const KernelGuard guard;
+  check(source, target, correction);
+  const double factor = scale_factor(scale, source.size(-1));
+  const auto run = accumulate_type(source.scalar_type()) == at::kDouble ? &forward<double> : &forward<float>;
+  return run(source, target, correction, factor);
+}
+
+std::tuple<Tensor, Tensor> coral_loss_backward(const Tensor& grad_loss, const Tensor& grad_mean_distance,
+                                               const Tensor& source, const Tensor& target, const Tensor& centred,
+                                               const Tensor& products, const Tensor& mean_difference, int64_t correction,
+                                               c10::string_view scale, bool need_source, bool need_target) {
+  const KernelGuard guard;
+  check(source, target, correction);
+  const Sizes sizes = sizes_of(source, target);
+  const int64_t side = std::min(sizes.samples(), sizes.features);
+  check_count("grad_loss", grad_loss, sizes.batch);
+  check_count("grad_mean_distance", grad_mean_distance, sizes.batch);
+  check_count("centred", centred, sizes.batch * sizes.samples() * sizes.features);
+  check_count("products", products, sizes.batch * side * side);
+  check_count("mean_difference", mean_difference, sizes.batch * sizes.features);
   const double factor = scale_factor(scale, source.size(-1));
   const auto run = accumulate_type(source.scalar_type()) == at::kDouble ? &backward<double> : &backward<float>;
-  return run(grad, source, target, centred, products, mean_difference, correction, factor, mean_weight, need_source,
-             need_target);
+  return run(grad_loss, grad_mean_distance, source, target, centred, products, mean_difference, correction, factor,
+             need_source, need_target);
 }
 
 }  // namespace

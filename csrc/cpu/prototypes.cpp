@@ -3,7 +3,6 @@
 #include "../common.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <tuple>
 
@@ -146,9 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& support, const Tensor& 
   const Tensor s = rows_of(support, dtype, n.batch), q = rows_of(queries, dtype, n.batch);
   const Tensor t = temperature.to(dtype).reshape({n.batch}).contiguous(), query_label = query_labels.contiguous();
   const Tensor support_label = support_labels.contiguous();
+  Tensor prototypes = at::empty({n.batch, n.classes, n.features}, options);  // first: refuses an absurd number of classes
   const Members members = members_of(support_label.const_data_ptr<int64_t>(), n);
-
-  Tensor prototypes = at::empty({n.batch, n.classes, n.features}, options);
   T* p = prototypes.mutable_data_ptr<T>();
   const T* x = s.const_data_ptr<T>();
   at::parallel_for(0, n.batch * n.classes, grain(n.support * n.features / n.classes), [&](int64_t begin, int64_t end) {
@@ -277,26 +275,47 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& su
 }
 
 Sizes sizes_of(const Tensor& support, const Tensor& queries, int64_t num_classes) {
+  TORCH_CHECK_VALUE(support.dim() >= 2 && queries.dim() >= 2, "support, queries: expected shape (..., samples, features)");
   return {batch_size(support, 2), support.size(-2), queries.size(-2), num_classes, support.size(-1)};
+}
+
+void check(const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
+           const Tensor& query_labels, const Sizes& n) {
+  check_features("support", support);
+  check_features("queries", queries);
+  check_same("queries", queries, "support", support);
+  TORCH_CHECK_VALUE(n.classes >= 1, "num_classes: expected at least 1, got ", n.classes);
+  check_count("temperature", temperature, n.batch);
+  check_count("support_labels", support_labels, n.batch * n.support);
+  check_count("query_labels", query_labels, n.batch * n.queries);
+  for (const Tensor& labels : {support_labels, query_labels}) {
+    TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels: expected int64, got ", labels.scalar_type());
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
                                                      const Tensor& support_labels, const Tensor& query_labels,
                                                      int64_t num_classes, c10::string_view metric) {
   const KernelGuard guard;
+  const Sizes n = sizes_of(support, queries, num_classes);
+  check(support, queries, temperature, support_labels, query_labels, n);
   const auto run = accumulate_type(support.scalar_type()) == at::kDouble ? &forward<double> : &forward<float>;
-  return run(support, queries, temperature, support_labels, query_labels, sizes_of(support, queries, num_classes),
-             metric_of(metric));
+  return run(support, queries, temperature, support_labels, query_labels, n, metric_of(metric));
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
-    const Tensor& grad, const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
-    const Tensor& query_labels, const Tensor& prototypes, const Tensor& distances, int64_t num_classes,
-    c10::string_view metric, bool need_support, bool need_queries, bool need_temperature) {
+    const Tensor& grad_losses, const Tensor& support, const Tensor& queries, const Tensor& temperature,
+    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& distances,
+    int64_t num_classes, c10::string_view metric, bool need_support, bool need_queries, bool need_temperature) {
   const KernelGuard guard;
+  const Sizes n = sizes_of(support, queries, num_classes);
+  check(support, queries, temperature, support_labels, query_labels, n);
+  check_count("grad_losses", grad_losses, n.batch * n.queries);
+  check_count("prototypes", prototypes, n.batch * n.classes * n.features);
+  check_count("distances", distances, n.batch * n.queries * n.classes);
   const auto run = accumulate_type(support.scalar_type()) == at::kDouble ? &backward<double> : &backward<float>;
-  return run(grad, support, queries, temperature, support_labels, query_labels, prototypes, distances,
-             sizes_of(support, queries, num_classes), metric_of(metric), need_support, need_queries, need_temperature);
+  return run(grad_losses, support, queries, temperature, support_labels, query_labels, prototypes, distances, n,
+             metric_of(metric), need_support, need_queries, need_temperature);
 }
 
 }  // namespace

@@ -1,1 +1,1 @@
-"""What the ops launch: the compiled core (`cpp`) and the Triton kernels (`triton`)."""
+"""What the ops launch: the compiled core (`cpp`)."""

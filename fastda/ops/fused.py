@@ -12,21 +12,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..reference.precision import no_autocast
+
 library = torch.library.Library("fastda", "DEF")
-_formulas: dict[str, tuple[Callable, int]] = {}
+_formulas: dict[str, tuple[Callable, int, int]] = {}
 
 
 def fused(schema: str, fake: Callable, backward_schema: str, backward_fake: Callable, formula: Callable) -> Callable:
     """Define an op and its backward op; returns the op.
 
-    schema: `name(tensors..., constants...) -> (value, saved...)`, the differentiable tensors first.
-    backward_schema: `name_backward(grad, tensors..., saved..., constants..., bool need_a, ...) -> (grad_a, ...)`, one `need_`
-        and one result for each differentiable tensor; a gradient that is not needed comes back with shape (0,).
-    formula: `(*tensors, *constants) -> value` in plain PyTorch.
+    schema: `name(tensors..., constants...) -> (values..., saved...)`, the differentiable tensors first.
+    backward_schema: `name_backward(grad_x, ..., tensors..., saved..., constants..., bool need_a, ...) -> (grad_a, ...)`, one
+        `grad_` for each value, one `need_` and one result for each differentiable tensor; a gradient that is not needed comes
+        back with shape (0,).
+    formula: `(*tensors, *constants) -> values` in plain PyTorch, one tensor or a tuple.
     """
     op = define(schema, fake)
     backward = define(backward_schema, backward_fake)
-    _formulas[op.name()] = formula, len(backward._schema.returns)
+    values = sum(argument.name.startswith("grad_") for argument in backward._schema.arguments)
+    _formulas[op.name()] = formula, values, len(backward._schema.returns)
     return op
 
 
@@ -63,17 +67,18 @@ def second_order(
 ) -> list[Tensor]:
     """Derivative of an op's gradient, called by csrc/autograd.cpp: differentiate the formula twice.
 
-    operands: the incoming gradient of the first derivative, then the op's tensors. Returns a gradient for the former and for
-    each differentiable tensor.
+    operands: the incoming gradients of the first derivative, then the op's tensors. Returns a gradient for each of the former
+    and for each differentiable tensor.
     """
-    formula, count = _formulas[op]
-    grad, *tensors = operands
-    variables, labels = tensors[:count], tensors[count:]
+    formula, values, count = _formulas[op]
+    grads, variables, labels = operands[:values], operands[values : values + count], operands[values + count :]
 
-    def gradients(grad: Tensor, *variables: Tensor) -> tuple[Tensor, ...]:
+    def gradients(grads: tuple[Tensor, ...], *variables: Tensor) -> tuple[Tensor, ...]:
         _, pull = torch.func.vjp(lambda *inputs: formula(*inputs, *labels, *constants), *variables)
-        return tuple(result for result, needed in zip(pull(grad), needs) if needed)
+        return tuple(result for result, needed in zip(pull(grads if values > 1 else grads[0]), needs) if needed)
 
-    values, pull = torch.func.vjp(gradients, grad, *variables)
-    wanted = (gradient for gradient, needed in zip(incoming, needs) if needed)
-    return list(pull(tuple(torch.zeros_like(value) if g is None else g for g, value in zip(wanted, values))))
+    with no_autocast(grads[0]):
+        results, pull = torch.func.vjp(gradients, tuple(grads), *variables)
+        wanted = (gradient for gradient, needed in zip(incoming, needs) if needed)
+        of_grads, *rest = pull(tuple(torch.zeros_like(x) if g is None else g for g, x in zip(wanted, results)))
+        return [*of_grads, *rest]

@@ -26,4 +26,4 @@ def gradient_reversal(x: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
         return _gradient_reversal(x, scalar_lambda(x, lambd))
     if torch.compiler.is_compiling():
         return reference.gradient_reversal(x, lambd)  # traced to nothing forward, one fused product backward
-    return cpp.library.gradient_reversal(x, lambd)
+    return cpp.library.gradient_reversal(x, lambd if isinstance(lambd, Tensor) else float(lambd))

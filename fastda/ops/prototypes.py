@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backend import serve
+from ..reference.checks import whole_number
 from ..reference.precision import accumulate, no_autocast
 from ..reference.prototypes import check_episode, class_logits
 from ..reference.reduction import reduce
@@ -24,7 +25,7 @@ def _prototypical_fake(support, queries, temperature, support_labels, query_labe
     )
 
 
-def _prototypical_backward_fake(grad, support, queries, temperature, *rest):
+def _prototypical_backward_fake(grad_losses, support, queries, temperature, *rest):
     *_, need_support, need_queries, need_temperature = rest
     return (
         support.new_empty(support.shape if need_support else (0,)),
@@ -45,7 +46,7 @@ _prototypical_loss = fused(
     "prototypical_loss(Tensor support, Tensor queries, Tensor temperature, Tensor support_labels, Tensor query_labels,"
     " SymInt num_classes, str metric) -> (Tensor losses, Tensor prototypes, Tensor distances)",
     _prototypical_fake,
-    "prototypical_loss_backward(Tensor grad, Tensor support, Tensor queries, Tensor temperature, Tensor support_labels,"
+    "prototypical_loss_backward(Tensor grad_losses, Tensor support, Tensor queries, Tensor temperature, Tensor support_labels,"
     " Tensor query_labels, Tensor prototypes, Tensor distances, SymInt num_classes, str metric,"
     " bool need_support, bool need_queries, bool need_temperature)"
     " -> (Tensor grad_support, Tensor grad_queries, Tensor grad_temperature)",
@@ -82,10 +83,12 @@ def prototypical_loss(
     support, support_labels, queries, query_labels = check_episode(
         support, support_labels, queries, query_labels, num_classes, metric, temperature, reduction
     )
+    num_classes = whole_number("num_classes", num_classes, 1)
     batch, dtype = queries.shape[:-2], accumulate(queries.new_empty(0)).dtype
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).expand(batch)
     else:
-        temperature = torch.full(batch, temperature, dtype=dtype, device=queries.device)
+        # A product: torch.full makes torch.compile compile anew for each value.
+        temperature = torch.ones(batch, dtype=dtype, device=queries.device) * temperature
     losses, *_ = _prototypical_loss(support, queries, temperature, support_labels, query_labels, num_classes, metric)
     return reduce(losses, reduction)

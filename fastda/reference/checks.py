@@ -6,6 +6,7 @@ Every message names the argument, what it got, what was expected and what to do.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,8 @@ def floating(name: str, value: Tensor) -> None:
     """Raise a TypeError unless `value` is a tensor of a supported floating dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}; wrap it in torch.as_tensor(...)")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got a {value.layout} one; convert it with .to_dense()")
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {describe(value)}; convert it with .float()"
@@ -78,7 +81,7 @@ def enough_samples(name: str, count: int, correction: int) -> None:
     """A covariance needs at least correction + 1 samples."""
     if count < correction + 1:
         raise ValueError(
-            f"{name}: expected at least correction + 1 = {correction + 1} samples, got {count}; "
+            f"{name}: expected at least {correction + 1} samples (correction + 1), got {count}; "
             f"use a larger batch (drop_last=True for the last one) or a smaller correction"
         )
 
@@ -91,7 +94,8 @@ def labels(name: str, value: Tensor, shape: tuple[int, ...], features_name: str,
         raise TypeError(f"{name}: expected integers, got {describe(value)}; convert it with .long()")
     if value.shape != shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(shape)}, one label for each sample of {features_name}, got {describe(value)}"
+            f"{name}: expected shape {tuple(shape)}, one label for each sample of {features_name}, got {describe(value)}; "
+            f"expand or reshape the labels"
         )
     if value.device != features.device:
         raise ValueError(
@@ -104,28 +108,28 @@ def labels(name: str, value: Tensor, shape: tuple[int, ...], features_name: str,
 def option(name: str, value: str, known: Sequence[str]) -> str:
     """One of a few strings."""
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {describe(value)}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {describe(value)}; choose one of them")
     return value
 
 
 def whole_number(name: str, value: int, least: int) -> int:
-    """An int that is at least `least`; bool is refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    """An integer (also NumPy's) that is at least `least`; bool is refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}; convert it with int(...)")
     if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
+        raise ValueError(f"{name}: expected at least {least}, got {value}; pass a larger number")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf):
-    """A finite real number within its bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    """A finite real number (also NumPy's) within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}; convert it with float(...)")
     if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         bound = f"> {above}" if above > -math.inf else f">= {least}" if least > -math.inf else "finite"
         bound += f" and <= {most}" if most < math.inf else ""
-        raise ValueError(f"{name}: expected a number {bound}, got {value}")
-    return value
+        raise ValueError(f"{name}: expected a number {bound}, got {value}; pass one within these bounds")
+    return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
 
 def scalar_tensor(name: str, value: Tensor, shapes: tuple[tuple[int, ...], ...], like: Tensor) -> None:
@@ -133,6 +137,6 @@ def scalar_tensor(name: str, value: Tensor, shapes: tuple[tuple[int, ...], ...],
     floating(name, value)
     if tuple(value.shape) not in shapes:
         wanted = " or ".join(map(str, shapes))
-        raise ValueError(f"{name}: expected a number or a tensor of shape {wanted}, got {describe(value)}")
+        raise ValueError(f"{name}: expected a number or a tensor of shape {wanted}, got {describe(value)}; reshape it")
     if value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got {describe(value)}; move it with .to(device)")

@@ -147,12 +147,16 @@ def deep_coral_loss(
 
 def sum_layers(loss, sources, targets, weights, **options) -> Tensor:
     """Σ weights[l]·loss(sources[l], targets[l]); an error in a layer says which."""
+    for name, layers in (("sources", sources), ("targets", targets), ("weights", () if weights is None else weights)):
+        if not hasattr(layers, "__len__"):
+            raise TypeError(f"{name}: expected a list, one entry a layer, got {checks.describe(layers)}; pass a list")
     if len(sources) == 0 or len(sources) != len(targets):
         raise ValueError(
-            f"targets: expected as many layers as sources, at least one; got {len(sources)} sources, {len(targets)} targets"
+            f"targets: expected as many layers as sources, at least one; got {len(sources)} sources, {len(targets)} targets; "
+            f"pass one pair of features a layer"
         )
     if weights is not None and len(weights) != len(sources):
-        raise ValueError(f"weights: expected one a layer, {len(sources)}, got {len(weights)}")
+        raise ValueError(f"weights: expected one a layer, {len(sources)}, got {len(weights)}; pass as many as layers")
     total = None
     for layer, (source, target) in enumerate(zip(sources, targets)):
         try:

@@ -22,7 +22,8 @@ def scalar_lambda(x: Tensor, lambd: float | Tensor) -> Tensor:
     """λ as a tensor of shape () on the device of x, without gradient."""
     if isinstance(lambd, Tensor):
         return lambd.detach().reshape(())
-    return torch.full((), lambd, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    # A product: torch.full makes torch.compile compile anew for each value.
+    return torch.ones((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device) * lambd
 
 
 def refuse_forward_mode(name: str) -> None:

@@ -53,7 +53,7 @@ def labels_in_range(name: str, labels: Tensor, num_classes: int) -> tuple[Tensor
     if labels.device.type != "cpu":
         valid = (labels >= 0) & (labels < num_classes)
         return torch.where(valid, labels, 0), valid
-    classes = torch.arange(num_classes)
+    classes = torch.arange(num_classes, device=labels.device)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return classes.index_select(0, labels.reshape(-1)).view(labels.shape), None
     try:
@@ -245,7 +245,7 @@ def nearest_prototype(
 def check_k(k: int, prototypes: Tensor) -> None:
     checks.whole_number("k", k, 1)
     if k > prototypes.shape[-2]:
-        raise ValueError(f"k: expected at most the number of prototypes, {prototypes.shape[-2]}, got {k}")
+        raise ValueError(f"k: expected at most the number of prototypes, {prototypes.shape[-2]}, got {k}; ask for fewer")
 
 
 # Softmax and losses
