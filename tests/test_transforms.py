@@ -253,3 +253,10 @@ def check_linear_under_autocast(module):
     expected = torch.autograd.grad(expected, (x, weight, bias), incoming)
     assert all(g.dtype == torch.float32 for g in got)
     assert_close(got, (-0.5 * expected[0], *expected[1:]), rtol=0.02, atol=0.02)
+
+
+def test_forward_mode_keeps_the_dtype():
+    """A Python number times a zero-dimensional tensor would make its tangent float64."""
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    value, tangent = jvp(lambda x: fastda.coral_loss(x, 2 * x + 1, mean_weight=0.5), (x,), (x,))
+    assert value.dtype == tangent.dtype == torch.float32

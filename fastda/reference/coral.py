@@ -15,12 +15,12 @@ from .reduction import REDUCTIONS, reduce
 SCALES = ("paper", "mean", "sum")
 
 
-def scale_factor(scale: str, num_features: int) -> float:
-    """What the squared Frobenius norm is multiplied by: 1/(4d²), 1/d² or 1."""
+def scale_divisor(scale: str, num_features: int) -> int:
+    """What the squared Frobenius norm is divided by: 4d², d² or 1."""
     if scale == "sum":
-        return 1.0
+        return 1
     d = max(num_features, 1)  # without features there is no difference to scale
-    return 1 / (4 * d * d) if scale == "paper" else 1 / (d * d)
+    return 4 * d * d if scale == "paper" else d * d
 
 
 def check_coral(source, target, correction, scale, mean_weight, reduction) -> tuple[Tensor, Tensor]:
@@ -90,10 +90,10 @@ def coral_loss(
         target_mean, target_covariance = moments("target", target, correction, process_group)
         num_features = source.shape[-1]
         difference = source_covariance - target_covariance
-        losses = scale_factor(scale, num_features) * difference.square().sum((-2, -1))
+        losses = difference.square().sum((-2, -1)) / scale_divisor(scale, num_features)
         if mean_weight != 0:
-            squares = (source_mean - target_mean).square().sum(-1)
-            losses = losses + mean_weight * squares / max(num_features, 1)
+            squares = mean_weight * (source_mean - target_mean).square()
+            losses = losses + squares.sum(-1) / max(num_features, 1)
         return reduce(losses, reduction)
 
 
