@@ -40,11 +40,15 @@ inline int64_t grain(int64_t work) {
 }
 
 // Checks of a direct call of an op; the public functions have said more by then.
-inline void check_features(const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (..., samples, features), got ", x.sizes());
+inline void check_floating(const char* name, const at::Tensor& x) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, name,
                    ": expected float32, float64, bfloat16 or float16, got ", dtype);
+}
+
+inline void check_features(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (..., samples, features), got ", x.sizes());
+  check_floating(name, x);
 }
 
 inline void check_same(const char* name, const at::Tensor& x, const char* other_name, const at::Tensor& other) {

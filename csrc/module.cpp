@@ -38,6 +38,11 @@ static py::dict build_info() {
 }
 
 static py::object constant(const c10::IValue& value) {
+  if (value.isList()) {
+    py::list values;
+    for (const c10::IValue& item : value.toListRef()) values.append(constant(item));
+    return values;
+  }
   if (value.isBool()) return py::bool_(value.toBool());
   if (value.isInt()) return py::int_(value.toInt());
   if (value.isDouble()) return py::float_(value.toDouble());

@@ -24,12 +24,9 @@ from .kernels import cpp
 BACKENDS = ("auto", "reference", "cpp")
 
 KERNELS = {
-    "cpp": ("coral_loss", "gradient_reversal", "prototypical_loss"),
+    "cpp": ("coral_loss", "covariance", "deep_coral_loss", "gradient_reversal", "prototypical_loss"),
 }
 """Ops with a kernel of their own, by backend; every other op is the reference re-exported, under every setting."""
-
-BUILT_ON = {"deep_coral_loss": "coral_loss"}
-"""Ops that are made of calls of another op."""
 
 DEVICES = {"cpp": "cpu"}
 """The device that a backend serves."""
@@ -137,15 +134,14 @@ def serving(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[OpService]:
     """Which backend serves which op, as things stand."""
     rows = []
     for op in reference.__all__:
-        kernel = BUILT_ON.get(op, op)
         for device in devices:
-            if kernel not in KERNELS["cpp"]:
+            if op not in KERNELS["cpp"]:
                 row = "reference", "no kernel of its own yet"
             elif _requested == "reference":
                 row = "reference", "asked for"
             elif _requested in DEVICES and device != DEVICES[_requested]:
                 row = "none", f"{_requested} was asked for, and serves {DEVICES[_requested]} tensors alone"
             else:
-                row = _automatic(kernel, device)
+                row = _automatic(op, device)
             rows.append(OpService(op, device, *row))
     return rows

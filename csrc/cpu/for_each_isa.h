@@ -1,9 +1,10 @@
 // Compiles the file that FASTDA_LOOPS names once for each instruction set, in a namespace of its own, so that one binary
 // runs on any processor and still uses the vectors of this one. FASTDA_RUN(function<T>(...)) calls the version for it.
 //
-// A loops file holds plain loops on raw pointers and includes nothing: code from headers that is compiled for a newer
-// instruction set could be the copy that the linker keeps for everybody. "omp simd reduction" lets the compiler reorder
-// that one sum, without -ffast-math, which would break NaN and Inf.
+// A loops file holds plain loops on raw pointers and includes nothing but other loops files: code from headers that is
+// compiled for a newer instruction set could be the copy that the linker keeps for everybody. "omp simd reduction" lets the
+// compiler reorder that one sum, without -ffast-math, which would break NaN and Inf. FASTDA_VECTOR_BYTES is the width of a
+// vector.
 #pragma once
 
 #include <ATen/Version.h>
@@ -28,7 +29,23 @@
 #define FASTDA_END FASTDA_PRAGMA(clang attribute pop)
 #endif
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define FASTDA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTDA_SHUFFLE(a, b, ...) ::fastda::shuffle(a, b, __VA_ARGS__)
+#endif
+
 namespace fastda {
+
+// What __builtin_shufflevector does, for compilers without it.
+template <typename Vector, typename... Lanes>
+Vector shuffle(Vector a, Vector b, Lanes... lanes) {
+  constexpr int count = sizeof...(Lanes);
+  Vector result;
+  int to = 0;
+  ((result[to++] = lanes < count ? a[lanes % count] : b[lanes % count]), ...);
+  return result;
+}
 
 enum class InstructionSet { baseline, avx2, avx512 };
 
@@ -45,9 +62,11 @@ inline InstructionSet instruction_set() {
 
 namespace {
 
+#define FASTDA_VECTOR_BYTES 16
 namespace baseline {
 #include FASTDA_LOOPS
 }
+#undef FASTDA_VECTOR_BYTES
 
 #if FASTDA_X86
 #ifdef __clang__
@@ -56,9 +75,11 @@ FASTDA_BEGIN_AVX2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#define FASTDA_VECTOR_BYTES 32
 namespace avx2 {
 #include FASTDA_LOOPS
 }
+#undef FASTDA_VECTOR_BYTES
 #ifdef __clang__
 FASTDA_END
 FASTDA_BEGIN_AVX512
@@ -67,9 +88,11 @@ FASTDA_BEGIN_AVX512
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512dq,fma,prefer-vector-width=512")
 #endif
+#define FASTDA_VECTOR_BYTES 64
 namespace avx512 {
 #include FASTDA_LOOPS
 }
+#undef FASTDA_VECTOR_BYTES
 #ifdef __clang__
 FASTDA_END
 #else

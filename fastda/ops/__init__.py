@@ -6,7 +6,6 @@ An op that has no kernel yet is the reference, re-exported.
 from ..kernels import cpp
 from ..reference import (
     class_means,
-    covariance,
     domain_adversarial_loss,
     gradient_reversal_fork,
     gradient_reversal_linear,
@@ -18,6 +17,7 @@ from ..reference import (
 )
 from . import fused
 from .coral import coral_loss, deep_coral_loss
+from .covariance import covariance
 from .gradient_reversal import gradient_reversal
 from .prototypes import prototypical_loss
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backend import serve
 from ..reference.checks import enough_samples
-from ..reference.coral import check_coral, sum_layers
+from ..reference.coral import check_coral, each_layer, sum_layers
 from ..reference.precision import accumulate
 from ..reference.reduction import reduce
 from .fused import fused
@@ -25,9 +25,8 @@ def _coral_fake(source: Tensor, target: Tensor, correction: int, scale: str):
     return (
         like.new_empty(batch),
         like.new_empty(batch),
-        like.new_empty(*batch, num_samples, num_features),
+        like.new_empty(*batch, 2, num_features, dtype=torch.float64),
         like.new_empty(*batch, side, side),
-        like.new_empty(*batch, num_features),
     )
 
 
@@ -45,17 +44,59 @@ def _coral_formula(source, target, correction, scale):
     return loss, means.square().sum(-1) / max(source.shape[-1], 1)
 
 
-# centred: both domains, one above the other. products: the Gram matrix of all samples, or the difference of the covariances
-# where that is smaller.
+# means: of source and target, in float64, so that centring loses nothing. products: the Gram matrix of all centred samples, or
+# the difference of the covariances where that is smaller.
 _coral_loss = fused(
     "coral_loss(Tensor source, Tensor target, int correction, str scale)"
-    " -> (Tensor loss, Tensor mean_distance, Tensor centred, Tensor products, Tensor mean_difference)",
+    " -> (Tensor loss, Tensor mean_distance, Tensor means, Tensor products)",
     _coral_fake,
-    "coral_loss_backward(Tensor grad_loss, Tensor grad_mean_distance, Tensor source, Tensor target, Tensor centred,"
-    " Tensor products, Tensor mean_difference, int correction, str scale, bool need_source, bool need_target)"
+    "coral_loss_backward(Tensor grad_loss, Tensor grad_mean_distance, Tensor source, Tensor target, Tensor means,"
+    " Tensor products, int correction, str scale, bool need_source, bool need_target)"
     " -> (Tensor grad_source, Tensor grad_target)",
     _coral_backward_fake,
     _coral_formula,
+)
+
+
+def _layers_fake(features, num_source, num_target, num_features, weights, correction, scale):
+    *batch, _ = features.shape
+    like = accumulate(features)
+    sides = [torch.sym_min(ns + nt, d) for ns, nt, d in zip(num_source, num_target, num_features)]
+    return (
+        like.new_empty(*batch, len(num_features)),
+        like.new_empty(*batch, len(num_features)),
+        like.new_empty(*batch, 2 * sum(num_features), dtype=torch.float64),
+        like.new_empty(*batch, sum(side * side for side in sides)),
+    )
+
+
+def _layers_backward_fake(grad_losses, grad_mean_distances, features, *rest):
+    return features.new_empty(features.shape if rest[-1] else (0,))
+
+
+def _layers_formula(features, num_source, num_target, num_features, weights, correction, scale):
+    sizes = [n * d for ns, nt, d in zip(num_source, num_target, num_features) for n in (ns, nt)]
+    parts = iter(features.split(sizes, -1))
+    losses, mean_distances = [], []
+    for weight, ns, nt, d in zip(weights, num_source, num_target, num_features):
+        source, target = next(parts).unflatten(-1, (ns, d)), next(parts).unflatten(-1, (nt, d))
+        loss, mean_distance = _coral_formula(source, target, correction, scale)
+        losses.append(weight * loss)
+        mean_distances.append(weight * mean_distance)
+    return torch.stack(losses, -1), torch.stack(mean_distances, -1)
+
+
+# All layers of a network, flat, one after the other: the rows of the source, then those of the target. What is saved is laid
+# out the same way.
+_coral_layers = fused(
+    "coral_layers(Tensor features, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights,"
+    " int correction, str scale) -> (Tensor losses, Tensor mean_distances, Tensor means, Tensor products)",
+    _layers_fake,
+    "coral_layers_backward(Tensor grad_losses, Tensor grad_mean_distances, Tensor features, Tensor means, Tensor products,"
+    " SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights, int correction, str scale,"
+    " bool need_features) -> Tensor grad_features",
+    _layers_backward_fake,
+    _layers_formula,
 )
 
 
@@ -100,13 +141,38 @@ def deep_coral_loss(
     mean_weight: float = 0.0,
     process_group=None,
 ) -> Tensor:
-    return sum_layers(
-        coral_loss,
-        sources,
-        targets,
-        weights,
-        correction=correction,
-        scale=scale,
-        mean_weight=mean_weight,
-        process_group=process_group,
-    )
+    options = dict(correction=correction, scale=scale, mean_weight=mean_weight)
+
+    def check(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        pair = check_coral(source, target, **options, reduction="mean")
+        enough_samples("source", source.shape[-2], correction)
+        enough_samples("target", target.shape[-2], correction)
+        return pair
+
+    def alone(source: Tensor, target: Tensor) -> Tensor:
+        return coral_loss(source, target, **options, process_group=process_group)
+
+    together = process_group is None
+    if together:
+        pairs = each_layer(check, sources, targets, weights)
+        first = pairs[0][0]
+        together = all(
+            (x.dtype, x.device) == (first.dtype, first.device)
+            and x.shape[:-2] == first.shape[:-2]
+            and x.shape[-1] > 0  # torch.cat drops what is empty from the graph
+            for x, _ in pairs
+        )
+    if not together or serve("deep_coral_loss", first) == "reference":
+        return sum_layers(each_layer(alone, sources, targets, weights), weights)
+
+    shapes = ((source.shape[-2], target.shape[-2], source.shape[-1]) for source, target in pairs)
+    # Numbers go into the op; compiled code would be compiled anew for each of their values, so there they stay outside.
+    inside = not torch.compiler.is_compiling() and not any(isinstance(weight, Tensor) for weight in weights or ())
+    factors = [1.0] * len(pairs) if weights is None or not inside else [float(weight) for weight in weights]
+    features = torch.cat([x.flatten(-2) for pair in pairs for x in pair], -1)
+    losses, mean_distances, *_ = _coral_layers(features, *map(list, zip(*shapes)), factors, correction, scale)
+    if mean_weight != 0:
+        losses = losses + mean_weight * mean_distances
+    if inside:
+        return reduce(losses.sum(-1), "mean")
+    return sum_layers([reduce(loss, "mean") for loss in losses.unbind(-1)], weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -133,20 +133,16 @@ def deep_coral_loss(
         >>> fastda.deep_coral_loss(layers, [2 * x for x in layers], weights=[1.0, 0.5])
         tensor(0.0703)
     """
-    return sum_layers(
-        coral_loss,
-        sources,
-        targets,
-        weights,
-        correction=correction,
-        scale=scale,
-        mean_weight=mean_weight,
-        process_group=process_group,
-    )
+    def loss(source: Tensor, target: Tensor) -> Tensor:
+        return coral_loss(
+            source, target, correction=correction, scale=scale, mean_weight=mean_weight, process_group=process_group
+        )
+
+    return sum_layers(each_layer(loss, sources, targets, weights), weights)
 
 
-def sum_layers(loss, sources, targets, weights, **options) -> Tensor:
-    """Σ weights[l]·loss(sources[l], targets[l]); an error in a layer says which."""
+def each_layer(call: Callable, sources, targets, weights) -> list:
+    """`call(source, target)` for every layer; an error in a layer says which."""
     for name, layers in (("sources", sources), ("targets", targets), ("weights", () if weights is None else weights)):
         if not hasattr(layers, "__len__"):
             raise TypeError(f"{name}: expected a list, one entry a layer, got {checks.describe(layers)}; pass a list")
@@ -157,13 +153,16 @@ def sum_layers(loss, sources, targets, weights, **options) -> Tensor:
         )
     if weights is not None and len(weights) != len(sources):
         raise ValueError(f"weights: expected one a layer, {len(sources)}, got {len(weights)}; pass as many as layers")
-    total = None
+    results = []
     for layer, (source, target) in enumerate(zip(sources, targets)):
         try:
-            term = loss(source, target, **options)
+            results.append(call(source, target))
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {layer}: {error}") from error
-        if weights is not None:
-            term = weights[layer] * term
-        total = term if total is None else total + term
-    return total
+    return results
+
+
+def sum_layers(losses: Sequence[Tensor], weights: Sequence[float | Tensor] | None) -> Tensor:
+    """Σ weights[l]·losses[l]."""
+    terms = losses if weights is None else [weight * loss for weight, loss in zip(weights, losses)]
+    return sum(terms[1:], terms[0])

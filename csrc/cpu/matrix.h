@@ -1,0 +1,184 @@
+// Products with centred samples, spread over the threads; the loops are in matrix_loops.h. Include after for_each_isa.h.
+#pragma once
+
+#include "../common.h"
+
+#include <c10/core/CPUAllocator.h>
+
+namespace fastda {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t widest_panel = 32;
+constexpr int64_t block_depth = 192;  // a block of a panel fits into the first cache, one of all panels into the second
+
+inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// Runs over the batch, on all threads where it has enough elements for them; else each element uses them all.
+template <typename F>
+void for_batch(int64_t batch, const F& each) {
+  const int64_t at_least = batch < at::get_num_threads() ? batch : 1;
+  at::parallel_for(0, batch, at_least, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) each(b);
+  });
+}
+
+// (batch, rows, columns) in one dtype, the columns dense.
+inline Tensor matrices(const Tensor& x, at::ScalarType dtype, int64_t batch) {
+  const Tensor result = x.to(dtype).reshape({batch, x.size(-2), x.size(-1)});
+  return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
+}
+
+// One matrix of samples, row by row, and the means of its columns once they are known.
+template <typename T>
+struct Samples {
+  const T* data;
+  int64_t rows, stride, columns;
+  double* mean;
+
+  Samples(const Tensor& x, int64_t batch, double* mean)
+      : data(x.const_data_ptr<T>() + batch * x.stride(0)), rows(x.size(1)), stride(x.stride(1)), columns(x.size(2)), mean(mean) {}
+};
+
+template <typename T>
+struct TileShape {
+  int64_t rows, columns;
+  TileShape() { FASTDA_RUN(tile_shape<T>(&rows, &columns)); }
+};
+
+// Memory for packed panels. Threads may not create tensors.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(c10::GetDefaultCPUAllocator()->allocate(count * sizeof(T))) {}
+  T* data() const { return static_cast<T*>(memory_.get()); }
+
+ private:
+  c10::DataPtr memory_;
+};
+
+template <typename T>
+T* data(const Tensor& x) {
+  return x.mutable_data_ptr<T>();
+}
+
+// Means of the columns of one matrix or several of the same width.
+template <typename T>
+void find_means(std::initializer_list<Samples<T>> matrices) {
+  constexpr int64_t width = 64;
+  const Samples<T>* x = matrices.begin();
+  const int64_t column_blocks = blocks(x->columns, width), count = matrices.size();
+  at::parallel_for(0, count * column_blocks, grain(x->rows * width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Samples<T>& one = x[i / column_blocks];
+      const int64_t column = i % column_blocks * width;
+      FASTDA_RUN(column_means(one.data + column, one.rows, one.stride, std::min(width, one.columns - column), one.mean + column));
+    }
+  });
+}
+
+template <typename T>
+void mirror_upper(T* x, int64_t size) {
+  constexpr int64_t rows = 16;
+  at::parallel_for(0, blocks(size, rows), grain(rows * size), [&](int64_t begin, int64_t end) {
+    FASTDA_RUN(mirror(x, size, begin * rows, std::min(end * rows, size)));
+  });
+}
+
+// How much of a product one call of `pack` gave: rows of the packed panels, and what their product counts.
+struct Packed {
+  int64_t depth;
+  double weight;
+};
+
+// to = Σ weight · PᵀP over blocks of rows of a matrix P of `size` columns and `total_depth` rows in all (to: size × size).
+// pack(block, first, last, packed) packs the panels first to last of a block, at most block_depth deep.
+template <typename T, typename Pack>
+void symmetric_product(int64_t size, int64_t num_blocks, int64_t total_depth, const Pack& pack, T* to) {
+  const TileShape<T> tile;
+  const int64_t panels = blocks(size, tile.columns), tiles = panels * (panels + 1) / 2 * (tile.columns / tile.rows);
+  const int64_t worth_a_thread = 1 << 20, work = size * size / 2 * total_depth;
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>({at::get_num_threads(), num_blocks, 1 + work / worth_a_thread});
+  const int64_t panel_values = block_depth * tile.columns;
+  std::fill(to, to + size * size, T(0));
+  if (threads * size <= total_depth || threads == 1) {  // a sum for each thread: no larger than P
+    const Scratch<T> sums((threads - 1) * size * size), scratch(threads * panels * panel_values);
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        T *sum = part == 0 ? to : sums.data() + (part - 1) * size * size, *packed = scratch.data() + part * panels * panel_values;
+        if (part > 0) std::fill(sum, sum + size * size, T(0));
+        for (int64_t block = num_blocks * part / threads; block < num_blocks * (part + 1) / threads; ++block) {
+          const Packed done = pack(block, 0, panels, packed);
+          FASTDA_RUN(add_symmetric(packed, done.depth, size, static_cast<T>(done.weight), sum, size, 0, tiles));
+        }
+      }
+    });
+    at::parallel_for(0, threads > 1 ? size * size : 0, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+      for (int64_t part = 0; part < threads - 1; ++part) {
+        const T* sum = sums.data() + part * size * size;
+        for (int64_t i = begin; i < end; ++i) to[i] += sum[i];
+      }
+    });
+  } else {  // one sum, its tiles divided among the threads
+    const Scratch<T> scratch(panels * panel_values);
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      at::parallel_for(0, panels, grain(panel_values), [&](int64_t begin, int64_t end) {
+        pack(block, begin, end, scratch.data());
+      });
+      const Packed done = pack(block, 0, 0, scratch.data());
+      at::parallel_for(0, tiles, grain(done.depth * tile.rows * tile.columns), [&](int64_t begin, int64_t end) {
+        FASTDA_RUN(add_symmetric(scratch.data(), done.depth, size, static_cast<T>(done.weight), to, size, begin, end));
+      });
+    }
+  }
+  mirror_upper(to, size);
+}
+
+// Blocks of the centred samples themselves, for symmetric_product: their scatter matrix XᵀX.
+template <typename T>
+struct SampleBlocks {
+  const Samples<T>& x;
+  double weight;
+
+  int64_t count() const { return blocks(x.rows, block_depth); }
+  Packed pack(int64_t block, int64_t first, int64_t last, T* packed) const {
+    const TileShape<T> tile;
+    const int64_t row = block * block_depth, depth = std::min(block_depth, x.rows - row), column = first * tile.columns;
+    const int64_t columns = std::min(last * tile.columns, x.columns) - column;
+    FASTDA_RUN(pack_columns<T>(x.data + row * x.stride + column, x.stride, depth, columns, x.mean + column, T(1),
+                               packed + column * depth, depth, 0));
+    return {depth, weight};
+  }
+};
+
+// to = weight · X S for centred X and a symmetric S: `square`, or what it and its transpose add up to.
+template <typename T>
+void multiply_symmetric(const Samples<T>& x, const T* square, bool add_transpose, double weight, T* to) {
+  constexpr int64_t row_block = 64, column_block = 256;
+  const int64_t row_blocks = blocks(x.rows, row_block), column_blocks = blocks(x.columns, column_block);
+  const int64_t depth = std::min(block_depth, x.columns);
+  const int64_t work = row_block * x.columns * std::min(column_block, x.columns);
+  at::parallel_for(0, row_blocks * column_blocks, grain(work), [&](int64_t begin, int64_t end) {
+    const Scratch<T> scratch(depth * (column_block + row_block + 2 * widest_panel));
+    while (begin < end) {  // all rows that meet one block of columns
+      const int64_t block = begin / row_blocks, row = begin % row_blocks * row_block;
+      const int64_t count = std::min(end - begin, row_blocks - begin % row_blocks);
+      const int64_t rows = std::min(count * row_block, x.rows - row), column = block * column_block;
+      FASTDA_RUN(multiply_samples(x.data + row * x.stride, x.stride, rows, x.columns, x.mean, square, add_transpose, column,
+                                  std::min(column_block, x.columns - column), depth, static_cast<T>(weight),
+                                  to + row * x.columns, scratch.data()));
+      begin += count;
+    }
+  });
+}
+
+template <typename T>
+double squares(const T* x, int64_t rows, int64_t columns, int64_t stride) {
+  double result = 0;
+  FASTDA_RUN(sum_of_squares(x, rows, columns, stride, &result));
+  return result;
+}
+
+}  // namespace
+}  // namespace fastda
