@@ -5,6 +5,7 @@
 """
 
 from . import schedules
+from .accumulate import CovarianceAccumulator
 from .backend import use_backend
 from .ops import (
     class_means,
@@ -25,6 +26,7 @@ from .ops import (
 from .version import __version__
 
 __all__ = [
+    "CovarianceAccumulator",
     "__version__",
     "class_means",
     "coral_loss",

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from ops_under_test import BOTH, BY_NAME, Draw
 from tolerance import random_like
 
+from fastda import CovarianceAccumulator
+
 # How many source, target and support samples and queries each process has. Some have none, or too few alone.
 SIZES = {2: ((6, 1, 3, 2), (3, 5, 4, 5)), 3: ((5, 3, 0, 4), (1, 4, 6, 0), (2, 1, 3, 3))}
 FEATURES, CLASSES = 4, 3
@@ -16,22 +18,29 @@ LABELS = {"support_labels": 2, "query_labels": 3, "labels": 2}
 COLUMN = {"source": 0, "target": 1, "support": 2, "queries": 3, **LABELS}
 
 CALLS = {
-    "coral_loss": dict(scale="mean", mean_weight=0.7),
+    "coral_loss": dict(),
+    "coral_loss of means too": dict(scale="mean", mean_weight=0.7),
+    "coral_loss of the population": dict(scale="sum", correction=0),
+    "coral_loss of batches": dict(reduction="none"),
     "deep_coral_loss": dict(correction=0),
+    "deep_coral_loss of means too": dict(scale="mean", mean_weight=0.7, weights=(0.5, 2.0)),
     "class_means": dict(num_classes=CLASSES),
     "class_means with an empty class": dict(num_classes=CLASSES + 1, empty="zero"),
     "prototypical_loss": dict(num_classes=CLASSES, temperature=2.0),
     "prototypical_loss cosine": dict(num_classes=CLASSES, metric="cosine", reduction="sum"),
 }
 
+STEPS = ("coral_loss", "coral_loss of means too", "deep_coral_loss", "deep_coral_loss of means too")
+
 
 def whole_batch(world: int, name: str) -> dict[str, torch.Tensor]:
     """All samples of all processes."""
     arguments = BY_NAME[name.split()[0]].arguments(Draw(dtype=torch.float64))
+    batch = (2,) if name.endswith("batches") else ()
     draw, tensors = Draw(dtype=torch.float64), {}
     for i, key in enumerate(key for key, x in arguments.items() if isinstance(x, torch.Tensor)):
         total = sum(sizes[column(key)] for sizes in SIZES[world])
-        tensors[key] = torch.arange(total) % CLASSES if key in LABELS else draw.normal(total, FEATURES, mean=0.3 * i)
+        tensors[key] = torch.arange(total) % CLASSES if key in LABELS else draw.normal(*batch, total, FEATURES, mean=0.3 * i)
     return tensors
 
 
@@ -40,7 +49,8 @@ def column(key: str) -> int:
 
 
 def share(world: int, rank: int, key: str, whole: torch.Tensor) -> torch.Tensor:
-    return whole.split([sizes[column(key)] for sizes in SIZES[world]])[rank]
+    sizes = [sizes[column(key)] for sizes in SIZES[world]]
+    return whole.split(sizes, -2 if whole.dim() > 1 else 0)[rank]
 
 
 Tensors = dict[str, torch.Tensor]
@@ -60,14 +70,35 @@ def derivatives(function, tensors: Tensors, directions: Tensors) -> Tensors:
     return found | {f"second derivative of {key}": g for key, g in zip(inputs, second)}
 
 
-def step(module: object, parameter: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group: object):
+def step(module: object, name: str, parameter: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group: object):
     """The gradient that a training step gives to a parameter of the feature extractor."""
     parameter = parameter.detach().requires_grad_()
-    loss = module.coral_loss((source @ parameter).tanh(), (target @ parameter).tanh(), process_group=group)
+    layers = [((x @ parameter).tanh(), (x @ parameter.square()).sin()) for x in (source, target)]
+    options = CALLS[name] | {"process_group": group}
+    if name.startswith("deep"):
+        loss = module.deep_coral_loss(*layers, **options)
+    else:
+        loss = module.coral_loss(layers[0][0], layers[1][0], **options)
     return torch.autograd.grad(loss, parameter)[0]
 
 
-def in_group(world: int, rank: int, group: dist.ProcessGroup) -> dict[tuple[str, str], object]:
+def accumulate(x: torch.Tensor, group: dist.ProcessGroup) -> dict[str, object]:
+    """Of samples that are spread over processes; where there are none, the accumulator has never been updated."""
+    mine = CovarianceAccumulator()
+    for chunk in x.split(2) if len(x) else ():
+        mine.update(chunk)
+    found = {"whole": mine.across_processes(group).state_dict(), "again": mine.across_processes(group).state_dict()}
+    found["mine"] = mine.state_dict()
+    found["unused"] = CovarianceAccumulator().across_processes(group).state_dict()
+    wrong = CovarianceAccumulator().update(x.new_ones(2, FEATURES + (dist.get_rank(group) == 0)))
+    try:
+        wrong.across_processes(group)
+    except ValueError as error:
+        found["error"] = str(error)
+    return found
+
+
+def in_group(world: int, rank: int, group: dist.ProcessGroup) -> dict[object, object]:
     """Everything that a process of a group of this size computes."""
     found = {}
     for module in BOTH:
@@ -79,13 +110,15 @@ def in_group(world: int, rank: int, group: dist.ProcessGroup) -> dict[tuple[str,
             found[module.__name__, name] = derivatives(function, mine, directions)
         whole, parameter = whole_batch(world, "coral_loss"), Draw(dtype=torch.float64).normal(FEATURES, 3)
         mine = [share(world, rank, key, x) for key, x in whole.items()]
-        gradient = step(module, parameter, *mine, group)
-        dist.all_reduce(gradient, group=group)
-        found[module.__name__, "step"] = gradient / world  # what DistributedDataParallel does
+        for name in STEPS:
+            gradient = step(module, name, parameter, *mine, group)
+            dist.all_reduce(gradient, group=group)
+            found[module.__name__, f"step of {name}"] = gradient / world  # what DistributedDataParallel does
         try:
             module.coral_loss(mine[0][:0] if rank else mine[0][:1], mine[1], process_group=group)
         except ValueError as error:
             found[module.__name__, "error"] = str(error)
+    found["accumulator"] = accumulate(share(world, rank, "support", whole_batch(world, "class_means")["support"]), group)
     return found
 
 

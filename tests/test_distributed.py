@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ops_under_test import BY_NAME, Draw, each_module
-from process_group import CALLS, FEATURES, SIZES, derivatives, on_process, share, step, whole_batch
+from process_group import CALLS, COLUMN, FEATURES, SIZES, STEPS, derivatives, on_process, share, step, whole_batch
 from tolerance import random_like
 from torch.testing import assert_close
+
+import fastda.reference
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,12 @@ def test_values_and_derivatives(processes, module, name):
 
 
 @each_module
-def test_a_training_step_is_that_of_one_process(processes, module):
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step_is_that_of_one_process(processes, module, name):
     whole, parameter = whole_batch(len(processes), "coral_loss"), Draw(dtype=torch.float64).normal(FEATURES, 3)
-    expected = step(module, parameter, whole["source"], whole["target"], None)
+    expected = step(module, name, parameter, whole["source"], whole["target"], None)
     for found in processes:
-        assert_close(found[module.__name__, "step"], expected)
+        assert_close(found[module.__name__, f"step of {name}"], expected)
 
 
 @each_module
@@ -58,6 +61,22 @@ def test_too_few_samples_in_all_processes_together(processes, module):
     for found in processes:
         message = "source: expected at least 2 samples (correction + 1), got 1;"
         assert found[module.__name__, "error"].startswith(message)
+
+
+def test_an_accumulator_across_processes_has_the_samples_of_all(processes):
+    world = len(processes)
+    x = whole_batch(world, "class_means")["support"]
+    counts = [sizes[COLUMN["support"]] for sizes in SIZES[world]]
+    for count, found in zip(counts, (found["accumulator"] for found in processes)):
+        assert found["mine"]["count"] == count  # which it may go on with
+        assert found["unused"].keys() == {"count"} and found["unused"]["count"] == 0
+        message = "process_group: expected one shape and dtype of the moments on all processes, got shapes [(4,), (5,)]"
+        assert found["error"].startswith(message)
+        for whole in (found["whole"], found["again"]):
+            assert whole["count"] == len(x)
+            assert_close(whole["mean"], x.mean(0), rtol=1e-12, atol=1e-12)
+            assert_close(whole["scatter"] / len(x), fastda.reference.covariance(x, correction=0), rtol=0, atol=1e-12)
+            assert all(torch.equal(whole[key], processes[0]["accumulator"]["whole"][key]) for key in whole)
 
 
 @each_module

@@ -62,7 +62,12 @@ def test_documentation(op):
             assert argument in text.partition("Args:")[2], f"{op.name}: {argument} is not described"
 
 
-EXAMPLES = [*(getattr(fastda, op.name) for op in OPS), *filter(is_op, vars(fastda.schedules).values())]
+EXAMPLES = [
+    *(getattr(fastda, op.name) for op in OPS),
+    *filter(is_op, vars(fastda.schedules).values()),
+    fastda.CovarianceAccumulator,
+    fastda.CovarianceAccumulator.coral_distance,
+]
 
 
 @pytest.mark.parametrize("function", EXAMPLES, ids=lambda function: function.__name__)

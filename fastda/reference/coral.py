@@ -86,15 +86,23 @@ def coral_loss(
     if process_group is not None:
         check_group(process_group)
     with no_autocast(source):
-        source_mean, source_covariance = moments("source", source, correction, process_group)
-        target_mean, target_covariance = moments("target", target, correction, process_group)
-        num_features = source.shape[-1]
-        difference = source_covariance - target_covariance
-        losses = difference.square().sum((-2, -1)) / scale_divisor(scale, num_features)
-        if mean_weight != 0:
-            squares = mean_weight * (source_mean - target_mean).square()
-            losses = losses + squares.sum(-1) / max(num_features, 1)
-        return reduce(losses, reduction)
+        source_moments = moments("source", source, correction, process_group)
+        target_moments = moments("target", target, correction, process_group)
+        return reduce(distance_of_moments(source_moments, target_moments, scale, mean_weight), reduction)
+
+
+def distance_of_moments(
+    source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], scale: str, mean_weight: float
+) -> Tensor:
+    """The losses (...) of two domains, each given by its mean (..., D) and covariance (..., D, D)."""
+    (source_mean, source_covariance), (target_mean, target_covariance) = source, target
+    num_features = source_mean.shape[-1]
+    difference = source_covariance - target_covariance
+    losses = difference.square().sum((-2, -1)) / scale_divisor(scale, num_features)
+    if mean_weight != 0:
+        squares = mean_weight * (source_mean - target_mean).square()
+        losses = losses + squares.sum(-1) / max(num_features, 1)
+    return losses
 
 
 def deep_coral_loss(
