@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,21 @@ def test_a_peer_that_is_not_there_is_said_to_be(monkeypatch):
 
     monkeypatch.setitem(peers.PEERS["coral_loss"], "pytorch-adapt", missing)
     assert make_side(CORAL, "pytorch-adapt") == Absent("pytorch-adapt", "pytorch_adapt is not installed")
+
+
+def test_a_peer_that_does_not_import_leaves_nothing_behind_and_says_nothing(monkeypatch, tmp_path, capfd):
+    package = tmp_path / "broken_peer"
+    package.mkdir()
+    (package / "layers.py").write_text("")
+    (package / "__init__.py").write_text(
+        "import sys; from . import layers; print('this is old', file=sys.stderr); raise AttributeError('np.float')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        with pytest.raises(peers.PeerMissing, match="broken_peer does not import: AttributeError: np.float"):
+            peers.import_peer("broken_peer.layers")
+    assert not [name for name in sys.modules if name.startswith("broken_peer")]
+    assert capfd.readouterr().err == ""
 
 
 def test_the_torchvision_stand_in_leaves_nothing_behind(monkeypatch):
@@ -396,6 +412,14 @@ def test_a_wrong_command_line_says_so(tmp_path, capsys):
     assert main(["--cases", "corral", "--output", str(tmp_path)]) == 2
     assert "expected a topic" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_script_is_valid_and_installs_what_a_record_names():
+    script = BENCH / "peers.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    versions = dict(re.findall(r"([\w-]+)==([\d.]+)", script.read_text(encoding="utf-8")))
+    names = {name for sides in peers.PEERS.values() for name in sides}
+    assert names <= versions.keys() and names <= set(records.PACKAGES)
 
 
 def test_gpu_script_is_valid_and_asks_for_a_folder():

@@ -10,11 +10,12 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +69,12 @@ def import_peer(module: str) -> types.ModuleType:
     if importlib.util.find_spec(package) is None:
         raise PeerMissing(f"{package} is not installed")
     try:
-        with torchvision_stand_in(), warnings.catch_warnings():
+        with torchvision_stand_in(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # gym says it is old
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except Exception as error:  # old libraries fail to import in many ways; which one is recorded
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]  # else a second try would find half of it, and fail or succeed by chance
         raise PeerMissing(f"{package} does not import: {type(error).__name__}: {error}") from error
 
 
