@@ -1,12 +1,14 @@
 """From records to tables and plots: `python bench/report.py [RECORD.json ...] --output FOLDER`.
 
 Writes, for each record, `<record>.md` (every side, misses marked), `<record>-summary.md` (the README's short table)
-and the plots `<record>-<topic>-time.png`, `<record>-<topic>-memory.png` and `<record>-ratios.png`.
+and the plots `<record>-<topic>-time.png`, `<record>-<topic>-memory.png`, `<record>-<sweep>.png` and
+`<record>-ratios.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +18,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fastda.benchmarks import machine, tables
 from fastda.benchmarks import record as records
-from fastda.benchmarks import tables
 from fastda.benchmarks.baselines import FUSED
 
 RESULTS = Path(__file__).parent / "results"
 REACHED, MISSED, UNJUDGED = "#2a7f62", "#c4513d", "#8a8f98"
+SWEPT = {"reference": MISSED, "careful": UNJUDGED}
 LEAST_POINTS = 2
 
 
@@ -79,6 +82,47 @@ def plot_against_size(cases: Sequence[dict], topic: str, quantity: str, path: Pa
     return True
 
 
+def plot_sweep(sweep: dict, path: Path) -> bool:
+    """Time against the size that grows, both axes logarithmic, so that a power of the size is a straight line."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for case in sweep["cases"]:
+        for name, side in case["sides"].items():
+            if "times" in side:
+                milliseconds = side["times"][case["phase"]]["median"] * 1e3
+                lines.setdefault(name, []).append((case["sizes"][sweep["axis"]], milliseconds))
+    if not lines or max(map(len, lines.values())) < LEAST_POINTS:
+        return False
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in lines.items():
+        ours = name == FUSED
+        factor = sweep["growth"].get(name)
+        growth = f": slope {math.log2(factor):.2f}, ×{factor:.2f} a doubling" if factor else ""
+        axes.plot(
+            *zip(*points),
+            marker="D" if ours else "o",
+            markersize=7 if ours else 4,
+            color=REACHED if ours else SWEPT.get(name),
+            zorder=3 if ours else 2,
+            label=f"{'fastda' if ours else name}{growth}",
+        )
+    sizes = sorted({size for points in lines.values() for size, _ in points})
+    axes.axvspan(max(sizes[0], sweep["growth_from"]), sizes[-1], color="black", alpha=0.04, linewidth=0)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"{sweep['axis']} (shaded: where the slope is fitted)",
+        ylabel="forward + backward, ms",
+        title=f"{sweep['name']}, {sweep['threads']} threads",
+    )
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.minorticks_off()
+    axes.grid(True, which="major", linewidth=0.4)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
 def plot_ratios(cases: Sequence[dict], path: Path) -> bool:
     """Best baseline over fastda, a bar a case; red where a figure to reach is missed."""
     rows = [(case, case["ratios"][case["phase"]]) for case in cases if case["phase"] in case["ratios"]]
@@ -115,6 +159,10 @@ def report(path: Path, folder: Path) -> list[Path]:
             plot = folder / f"{path.stem}-{topic}-{quantity}.png"
             if plot_against_size(cases, topic, quantity, plot):
                 written.append(plot)
+    for sweep in record.get("sweeps", ()):
+        plot = folder / f"{path.stem}-{machine.slug(sweep['name'])}.png"
+        if plot_sweep(sweep, plot):
+            written.append(plot)
     bars = folder / f"{path.stem}-ratios.png"
     if plot_ratios(cases, bars):
         written.append(bars)

@@ -20,14 +20,14 @@ from fastda.benchmarks import baselines, peers, tables
 from fastda.benchmarks import record as records
 from fastda.benchmarks.__main__ import main, progress_lines
 from fastda.benchmarks.baselines import Absent, Side, make_side, side_names
-from fastda.benchmarks.cases import CPU_CASES, GPU_CASES, GROUP_FIGURES, Figure, select
+from fastda.benchmarks.cases import CPU_CASES, GPU_CASES, GROUP_FIGURES, SWEEPS, Figure, select
 from fastda.benchmarks.correctness import Check
 from fastda.benchmarks.machine import Limits
 from fastda.benchmarks.memory import memory, peak
 from fastda.benchmarks.timing import Refused, Times, compare
 
 BENCH = Path(__file__).parents[1] / "bench"
-CORAL = select(["coral"])[0]
+CORAL = select(["coral"])[0][0]
 TINY = CORAL.tiny("cpu")
 
 
@@ -79,6 +79,40 @@ def test_cases_cover_every_row():
 def test_the_group_figure_is_over_the_wide_coral_cases():
     (group,) = GROUP_FIGURES
     assert len(group.cases) == 6 and set(group.cases) <= {case.name for case in CPU_CASES}
+
+
+def test_wide_coral_memory_has_its_figure():
+    """Forward and backward at 64 × 4096 take less than 8 MB beyond results and gradients, the reference 190 MB."""
+    (case,) = (case for case in CPU_CASES if case.name == "coral 64×4096")
+    (figure,) = (figure for figure in case.figures if figure.quantity == "megabytes")
+    extra = {name: memory(make_side(case, name).call, case.arguments(), "cpu")["extra"] for name in ("fused", "reference")}
+    outcome = records.outcome(case, figure, {"sides": {"fused": {"memory": {"extra": extra["fused"]}}}})
+    assert outcome == {"figure": "extra memory, MB ≤ 8", "bound": 8, "value": extra["fused"] / 1e6, "reached": True}
+    assert extra["reference"] > 190e6
+    too_much = records.outcome(case, figure, {"sides": {"fused": {"memory": {"extra": extra["reference"]}}}})
+    assert too_much["reached"] is False
+    assert records.outcome(case, figure, {"sides": {"fused": {"reason": "wrong"}}})["reached"] is None
+
+
+def test_the_sweep_doubles_the_features_at_32_samples():
+    (sweep,) = SWEEPS
+    assert [case.sizes for case in sweep.cases] == [
+        {"samples": 32, "features": features} for features in (256, 512, 1024, 2048, 4096, 8192)
+    ]
+    assert {"fused", "reference"} <= set(sweep.sides)
+    tiny = [case.sizes["features"] for case in sweep.tiny("cpu").cases]
+    assert tiny == [4, 8, 16, 32, 64, 128]
+
+
+def test_what_is_chosen():
+    cases, sweeps = select()
+    assert tuple(cases) == CPU_CASES and tuple(sweeps) == SWEEPS
+    assert select([], "cuda") == (list(GPU_CASES), [])
+    cases, sweeps = select(["coral 32×256"])
+    assert [case.name for case in cases] == ["coral 32×256"] and sweeps == []
+    assert select(["sweep"]) == ([], list(SWEEPS))
+    cases, sweeps = select(["coral"])
+    assert len(cases) == 9 and tuple(sweeps) == SWEEPS
 
 
 def test_every_topic_has_its_suite():
@@ -251,9 +285,10 @@ def test_the_meter_is_silent(capfd):
 
 def _record(tmp_path) -> Path:
     """A record of two tiny cases, measured once, with a miss and a side without a time."""
-    cases = [case.tiny("cpu") for case in select(["coral 32×256", "coral 64×1024", "class means"])]
+    cases = [case.tiny("cpu") for case in select(["coral 32×256", "coral 64×1024", "class means"])[0]]
     cases[1] = dataclasses.replace(cases[1], sizes={"samples": 4, "features": 64})
-    record = records.make_record(cases, [1], budget=0.0, dry_run=True, eager_only=True)
+    sweeps = [sweep.tiny("cpu") for sweep in SWEEPS]
+    record = records.make_record(cases, [1], 0.0, sweeps, dry_run=True, eager_only=True)
     record["cases"][0]["figures"] = [records.judged(Figure(1e9), 1.0), records.judged(Figure(0.1), 1.0)]
     path = records.path_for(record, tmp_path)
     records.write(record, path)
@@ -307,6 +342,36 @@ def test_the_geometric_mean_needs_all_its_cases():
     assert records.group_outcomes(rows[1:]) == []
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_growth_of_a_sweep(power):
+    """Of a power of the size, measured from where it is one: below, every call costs 5 seconds."""
+    (sweep,) = SWEEPS
+
+    def row(case):
+        size = case.sizes["features"]
+        seconds = (size / 1024) ** power if size >= sweep.growth_from else 5.0
+        side = {"times": {"both": {"median": seconds}}}
+        return {"sizes": case.sizes, "phase": "both", "sides": {"fused": side, "reference": side, "careful": {"reason": ""}}}
+
+    factors = records.growth([row(case) for case in sweep.cases], sweep)
+    assert factors == {"fused": pytest.approx(2**power), "reference": pytest.approx(2**power)}
+    assert records.growth([row(sweep.cases[-1])], sweep) == {}
+
+
+def test_a_record_of_two_numbers_of_threads(tmp_path):
+    case, tiny = TINY, SWEEPS[0].tiny("cpu")
+    sweep = dataclasses.replace(tiny, cases=tiny.cases[-2:])
+    record = records.make_record([case], [2, 1], 0.0, [sweep], dry_run=True, eager_only=True)
+    assert record["complete"] and [row["threads"] for row in record["cases"]] == [2, 1]
+    assert record["limits"].keys() == {"1", "2"}
+    assert [row["threads"] for row in record["sweeps"][0]["cases"]] == [2, 2]
+    short = tables.short_table(record).splitlines()[2:]
+    assert len(short) == 1  # both cores; the page has one thread as well
+    page = tables.page(record)
+    for threads in (1, 2):
+        assert page.count(f"| {case.name} | {threads} |") == 1 + len(side_names(case))
+
+
 def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     records.write({"format": records.FORMAT, "seed": 1}, path)
@@ -335,13 +400,15 @@ def test_tables_show_misses_and_missing_sides(tmp_path):
     assert "≥ 1e+09 × best baseline: 1 **missed**" in page
     assert "≥ 0.1 × best baseline: 1 |" in page
     assert "compiled sides were left out" in page
+    assert "| coral sweep: 32 samples a domain; features | fused | reference | careful |" in page
+    assert re.search(r"^\| a doubling, from 16 on( \| [\d.]+×){3} \|$", page, re.MULTILINE)
     assert "Dry run with tiny sizes" in page
     for line in page.splitlines():
         assert not line.startswith("|") or line.endswith("|")
 
 
 def test_a_run_cut_short_leaves_what_it_measured(monkeypatch):
-    cases, saved = [case.tiny("cpu") for case in select(["coral"])[:2]], []
+    cases, saved = [case.tiny("cpu") for case in select(["coral"])[0][:2]], []
     measure = records.measure
 
     def cut(case, *arguments, **options):
@@ -381,7 +448,8 @@ def test_the_report_makes_tables_and_plots(tmp_path):
         [sys.executable, BENCH / "report.py", path, "--output", output], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    ends = (".md", "-summary.md", "-coral-time.png", "-coral-memory.png", "-ratios.png")
+    plots = ("-coral-time.png", "-coral-memory.png", "-coral-sweep-32-samples-a-domain.png", "-ratios.png")
+    ends = (".md", "-summary.md", *plots)
     names = {f"{path.stem}{end}" for end in ends}
     assert {file.name for file in output.iterdir()} == names
     assert {Path(line).name for line in done.stdout.splitlines()} == names
@@ -404,7 +472,7 @@ def test_the_gpu_cases_run_end_to_end_on_the_cpu(tmp_path, capsys):
 
 
 def test_progress_without_tqdm_is_a_line_a_case(capsys):
-    assert list(progress_lines([(TINY, 2)], unit="case")) == [(TINY, 2)]
+    assert list(progress_lines([(TINY, 2, None)], unit="case")) == [(TINY, 2, None)]
     assert capsys.readouterr().err == f"case 1 of 1: {TINY.name}, 2 thread(s)\n"
 
 

@@ -38,21 +38,22 @@ def progress_bar() -> Callable[..., Iterable]:
     return tqdm
 
 
-def progress_lines(steps: Sequence[tuple[Case, int]], unit: str) -> Iterator[tuple[Case, int]]:
-    for number, (case, threads) in enumerate(steps, 1):
+def progress_lines(steps: Sequence[tuple[Case, int, int | None]], unit: str) -> Iterator[tuple[Case, int, int | None]]:
+    for number, step in enumerate(steps, 1):
+        case, threads, _ = step
         print(f"{unit} {number} of {len(steps)}: {case.name}, {threads} thread(s)", file=sys.stderr, flush=True)
-        yield case, threads
+        yield step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        cases = select(options.cases, options.device)
+        cases, sweeps = select(options.cases, options.device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if options.dry_run:
-        cases = [case.tiny("cpu") for case in cases]
+        cases, sweeps = [case.tiny("cpu") for case in cases], [sweep.tiny("cpu") for sweep in sweeps]
     elif options.device == "cuda" and not torch.cuda.is_available():
         print("device: expected a GPU for cuda, got none; use --device cpu or --dry-run", file=sys.stderr)
         return 2
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases,
         threads,
         options.budget,
+        sweeps,
         seed=options.seed,
         progress=progress_bar(),
         save=lambda record: write(record, path_for(record, options.output, part)),
@@ -69,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         eager_only=options.eager_only,
     )
     path = path_for(record, options.output, part)
-    print(tables.heading(record), tables.short_table(record), tables.figures_table(record), path, sep="\n\n")
+    parts = [tables.short_table(record), tables.figures_table(record)] if cases else []
+    parts += map(tables.sweep_table, record["sweeps"])
+    print(tables.heading(record), *parts, path, sep="\n\n")
     return 0
 
 

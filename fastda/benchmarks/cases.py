@@ -22,7 +22,8 @@ class Figure:
 
     `quantity` is "speed" (time of the fastest side of `against`, every baseline by default, over the time of the fused
     op; at least `bound`), "memory" (bytes beyond arguments and results over those of the queries × classes matrix; at
-    most `bound`) or "limit" (share of the machine's limit; at least `bound`).
+    most `bound`), "megabytes" (millions of those bytes; at most `bound`) or "limit" (share of the machine's limit; at
+    least `bound`).
     """
 
     bound: float
@@ -32,6 +33,8 @@ class Figure:
     def __str__(self) -> str:
         if self.quantity == "memory":
             return f"extra memory ≤ {self.bound:.0%} of the Q×C matrix"
+        if self.quantity == "megabytes":
+            return f"extra memory, MB ≤ {self.bound:g}"
         if self.quantity == "limit":
             return f"≥ {self.bound:.0%} of the limit"
         return f"≥ {self.bound:g} × {' / '.join(self.against) if self.against else 'best baseline'}"
@@ -106,6 +109,25 @@ class Case:
         """The same path with sizes of a few elements, for a dry run."""
         sizes = {name: min(size, DRY_RUN_SIZE) for name, size in self.sizes.items()}
         return dataclasses.replace(self, name=f"{self.name}, tiny", sizes=sizes, device=device)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Time against one size, which doubles from case to case; some sides only, with all cores."""
+
+    name: str
+    axis: str  # the size that grows
+    cases: tuple[Case, ...]
+    sides: tuple[str, ...]
+    growth_from: int  # the size from which the growth a doubling is fitted: below, what a call costs anyway hides it
+
+    def tiny(self, device: str) -> Sweep:
+        """The same with sizes of a few elements, for a dry run."""
+        cases = []
+        for case in self.cases:
+            sizes = case.tiny(device).sizes | {self.axis: case.sizes[self.axis] // 64}
+            cases.append(dataclasses.replace(case, name=f"{case.name}, tiny", sizes=sizes, device=device))
+        return dataclasses.replace(self, cases=tuple(cases), growth_from=self.growth_from // 64)
 
 
 @dataclass(frozen=True)
@@ -291,7 +313,7 @@ CPU_CASES = (
     _coral(64, 1024, *_WIDE),
     _coral(128, 2048, *_WIDE),
     _coral(256, 2048, *_WIDE),
-    _coral(64, 4096, *_WIDE),
+    _coral(64, 4096, *_WIDE, Figure(8, quantity="megabytes")),
     _coral(1024, 512, Figure(1.6)),
     _coral(4096, 256, Figure(1.6)),
     _coral(64, 256, Figure(1.6), batch=16),
@@ -365,25 +387,39 @@ GPU_CASES = (
 GROUP_FIGURES = (
     GroupFigure(
         "coral, features outnumber samples",
-        tuple(case.name for case in CPU_CASES if case.op == "coral_loss" and case.figures == _WIDE),
+        tuple(case.name for case in CPU_CASES if case.op == "coral_loss" and case.figures[:2] == _WIDE),
         Figure(15, FORMULA),
+    ),
+)
+
+SWEEPS = (
+    Sweep(
+        "coral sweep: 32 samples a domain",
+        "features",
+        tuple(_coral(32, features) for features in (256, 512, 1024, 2048, 4096, 8192)),
+        ("fused", "reference", "careful"),
+        growth_from=1024,
     ),
 )
 
 TOPICS = ("coral", "covariance", "prototypes", "gradient_reversal", "domain_loss")
 
 
-def select(patterns: Sequence[str] = (), device: str = "cpu") -> list[Case]:
-    """The cases of a device whose topic is, or whose name contains, one of the patterns; all without patterns."""
+def select(patterns: Sequence[str] = (), device: str = "cpu") -> tuple[list[Case], list[Sweep]]:
+    """The cases and sweeps of a device whose topic is, or whose name contains, one of the patterns; all without any."""
     cases = {"cpu": CPU_CASES, "cuda": GPU_CASES}[device]
+    sweeps = SWEEPS if device == "cpu" else ()
+    known = [(case, case.topic, case.name) for case in cases]
+    known += [(sweep, sweep.cases[0].topic, sweep.name) for sweep in sweeps]
     for pattern in patterns:
-        if not any(pattern == case.topic or pattern in case.name for case in cases):
-            topics, names = ", ".join(TOPICS), ", ".join(case.name for case in cases)
+        if not any(pattern == topic or pattern in name for _, topic, name in known):
+            topics, names = ", ".join(TOPICS), ", ".join(name for *_, name in known)
             raise ValueError(
                 f"cases: expected a topic ({topics}) or part of a case's name, got {pattern!r}; the cases are {names}"
             )
-    return [
-        case
-        for case in cases
-        if not patterns or any(pattern == case.topic or pattern in case.name for pattern in patterns)
+    chosen = [
+        row
+        for row, topic, name in known
+        if not patterns or any(pattern == topic or pattern in name for pattern in patterns)
     ]
+    return [row for row in chosen if isinstance(row, Case)], [row for row in chosen if isinstance(row, Sweep)]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from fastda.kernels import cpp
 
 from . import machine
 from .baselines import FUSED, Absent, Side, make_side, side_names
-from .cases import GROUP_FIGURES, Case, Figure
+from .cases import GROUP_FIGURES, Case, Figure, Sweep
 from .correctness import Check
 from .memory import memory
 from .timing import PHASES, Refused, Times, compare
@@ -34,15 +35,21 @@ PACKAGES = ("torch", "numpy", "triton", "fastda-kernels", "pytorch-adapt", "easy
 
 
 def measure(
-    case: Case, budget: float, seed: int = 0, limits: machine.Limits | None = None, *, eager_only: bool = False
+    case: Case,
+    budget: float,
+    seed: int = 0,
+    limits: machine.Limits | None = None,
+    *,
+    eager_only: bool = False,
+    sides: Sequence[str] | None = None,
 ) -> dict:
-    """All sides of a case at the present number of threads, as a row of the record."""
+    """The sides of a case, all by default, at the present number of threads, as a row of the record."""
     torch.compiler.reset()  # each case, and each number of threads, compiles afresh
     arguments = case.arguments(seed)
-    left_out = {name for name in side_names(case) if eager_only and name.endswith(" compiled")}
+    names = side_names(case) if sides is None else sides
+    left_out = {name for name in names if eager_only and name.endswith(" compiled")}
     made = [
-        Absent(name, "compiled sides were left out") if name in left_out else make_side(case, name)
-        for name in side_names(case)
+        Absent(name, "compiled sides were left out") if name in left_out else make_side(case, name) for name in names
     ]
     present = [side for side in made if isinstance(side, Side)]
     checks: dict[object, Check] = {}
@@ -121,6 +128,9 @@ def outcome(case: Case, figure: Figure, row: dict) -> dict:
     elif figure.quantity == "memory":
         if "memory" in row["sides"][FUSED]:
             value = row["sides"][FUSED]["memory"]["extra"] / case.logits_bytes
+    elif figure.quantity == "megabytes":
+        if "memory" in row["sides"][FUSED]:
+            value = row["sides"][FUSED]["memory"]["extra"] / 1e6
     elif figure.quantity == "limit":
         value = row.get("share_of_limit")
     return judged(figure, value)
@@ -129,7 +139,7 @@ def outcome(case: Case, figure: Figure, row: dict) -> dict:
 def judged(figure: Figure, value: float | None) -> dict:
     reached = None
     if value is not None:
-        reached = value <= figure.bound if figure.quantity == "memory" else value >= figure.bound
+        reached = value <= figure.bound if figure.quantity in ("memory", "megabytes") else value >= figure.bound
     return {"figure": str(figure), "bound": figure.bound, "value": value, "reached": reached}
 
 
@@ -149,6 +159,20 @@ def group_outcomes(rows: Sequence[dict]) -> list[dict]:
     return outcomes
 
 
+def growth(rows: Sequence[dict], sweep: Sweep) -> dict[str, float]:
+    """By what factor the time of each side grows when the size doubles: a line through the logarithms."""
+    factors = {}
+    for side in sweep.sides:
+        points = [
+            (math.log2(row["sizes"][sweep.axis]), math.log2(row["sides"][side]["times"][row["phase"]]["median"]))
+            for row in rows
+            if row["sizes"][sweep.axis] >= sweep.growth_from and "times" in row["sides"][side]
+        ]
+        if len(points) > 1:
+            factors[side] = 2 ** statistics.linear_regression(*zip(*points)).slope
+    return factors
+
+
 # The record
 
 
@@ -156,6 +180,7 @@ def make_record(
     cases: Sequence[Case],
     threads: Sequence[int],
     budget: float,
+    sweeps: Sequence[Sweep] = (),
     *,
     seed: int = 0,
     progress: Callable[..., Iterable] = lambda steps, **options: steps,
@@ -163,12 +188,13 @@ def make_record(
     dry_run: bool = False,
     eager_only: bool = False,
 ) -> dict:
-    """Measure all cases of one device at each number of threads.
+    """Measure all cases of one device at each number of threads, and the sweeps at the largest.
 
     `progress` wraps the steps, as tqdm does. `save` gets the record so far after each case, so that a run which is cut
     short leaves what it measured.
     """
-    device, before = cases[0].device, torch.get_num_threads()
+    every = [*cases, *(case for sweep in sweeps for case in sweep.cases)]
+    device, before = every[0].device, torch.get_num_threads()
     record = {
         "format": FORMAT,
         "machine": machine.name(device),
@@ -190,20 +216,38 @@ def make_record(
         "limits": {},
         "cases": [],
         "groups": [],
+        "sweeps": [
+            {
+                "name": sweep.name,
+                "axis": sweep.axis,
+                "threads": max(threads),
+                "growth_from": sweep.growth_from,
+                "growth": {},
+                "cases": [],
+            }
+            for sweep in sweeps
+        ],
     }
     try:
         limits = {}
         for count in threads:
             torch.set_num_threads(count)
             small = {"size": 64, "rounds": 2} if dry_run else {}
-            limits[count] = machine.limits(device, {case.dtype for case in cases}, **small)
+            limits[count] = machine.limits(device, {case.dtype for case in every}, **small)
             record["limits"][str(count)] = dataclasses.asdict(limits[count])
-        steps = [(case, count) for case in cases for count in threads]
-        for case, count in progress(steps, unit="case"):
+        steps = [(case, count, None) for case in cases for count in threads]
+        steps += [(case, max(threads), number) for number, sweep in enumerate(sweeps) for case in sweep.cases]
+        for done, (case, count, sweep) in enumerate(progress(steps, unit="case"), 1):
             torch.set_num_threads(count)
-            record["cases"].append(measure(case, budget, seed, limits[count], eager_only=eager_only))
-            record["groups"] = group_outcomes(record["cases"])
-            record["complete"] = len(record["cases"]) == len(steps)
+            sides = None if sweep is None else sweeps[sweep].sides
+            row = measure(case, budget, seed, limits[count], eager_only=eager_only, sides=sides)
+            if sweep is None:
+                record["cases"].append(row)
+                record["groups"] = group_outcomes(record["cases"])
+            else:
+                record["sweeps"][sweep]["cases"].append(row)
+                record["sweeps"][sweep]["growth"] = growth(record["sweeps"][sweep]["cases"], sweeps[sweep])
+            record["complete"] = done == len(steps)
             save(record)
     finally:
         torch.set_num_threads(before)

@@ -128,6 +128,18 @@ def long_table(record: dict) -> str:
     return _table(head, rows)
 
 
+def sweep_table(sweep: dict) -> str:
+    """Time against size, a column a side; the last line says by what factor it grows when the size doubles."""
+    sides = list(sweep["cases"][0]["sides"]) if sweep["cases"] else []
+    rows = [
+        [str(case["sizes"][sweep["axis"]]), *(_time(case["sides"][side], case["phase"]) for side in sides)]
+        for case in sweep["cases"]
+    ]
+    growth = (_ratio(sweep["growth"][side]) if side in sweep["growth"] else MISSING for side in sides)
+    rows.append([f"a doubling, from {sweep['growth_from']} on", *growth])
+    return _table([f"{sweep['name']}; {sweep['axis']}", *sides], rows)
+
+
 def limits_line(record: dict) -> str:
     """The machine's ceilings."""
     parts = []
@@ -156,6 +168,7 @@ def page(record: dict) -> str:
             short_table(record),
             "## All sides",
             long_table(record),
+            *(f"## Time against {sweep['axis']}\n\n{sweep_table(sweep)}" for sweep in record.get("sweeps", ())),
             "## Which backend served which op",
             serving,
         ]
