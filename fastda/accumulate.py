@@ -106,9 +106,10 @@ class CovarianceAccumulator:
         """Take in more samples.
 
         Args:
-            chunk: features of shape `(..., N, D)`, float32, float64, bfloat16 or float16, on any device. N may differ
-                from chunk to chunk, and be 0. Leading dimensions are a batch, as in :func:`fastda.covariance`: each
-                has moments of its own. Where they are samples, flatten them first.
+            chunk: features of shape `(..., N, D)`, float32, float64, bfloat16 or float16, on any device; N may differ
+                from chunk to chunk, and be 0, or so large that the chunk is memory-mapped. Leading dimensions are a
+                batch, as in :func:`fastda.covariance`: each has moments of its own. Where they are samples, flatten
+                them first.
 
         Returns:
             Itself.
@@ -313,7 +314,7 @@ class CovarianceAccumulator:
         if self._count > 0:
             weight = self._count * share
             self._scatter.addcmul_(difference.unsqueeze(-1), difference.unsqueeze(-2), value=weight)
-        self._mean = self._mean + share * difference  # not in place: what was given away as the mean stays
+        self._mean.add_(difference, alpha=share)
         self._count += count
 
     def _covariance(self, name: str, correction: int) -> Tensor:
