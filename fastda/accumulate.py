@@ -28,9 +28,9 @@ class CovarianceAccumulator:
         \mu = \mu_a + \tfrac{n_b}{n_a + n_b} \delta, \quad
         S = S_a + S_b + \tfrac{n_a n_b}{n_a + n_b} \delta \delta^T
 
-    in which nothing cancels, so that features far from zero lose no digits: in float64 the result is that of one pass to
-    1e-12, whatever the chunks and the order in which they are merged. Memory: D² values for each batch, however many
-    samples come. A chunk of N samples costs N·D² operations, and D² more to merge it: large chunks are cheaper.
+    in which nothing cancels, so that features far from zero lose no digits: in float64 the result is that of one pass
+    to 1e-12, whatever the chunks and the order in which they are merged. Memory: D² values for each batch, however
+    many samples come. A chunk of N samples costs N·D² operations, and D² more to merge it: large chunks are cheaper.
 
     Args:
         dtype: in which the moments are taken and kept: float64, or float32, which is faster where double precision is
@@ -40,12 +40,13 @@ class CovarianceAccumulator:
     Raises:
         TypeError: `dtype` is another one.
 
-    Not differentiable: no graph is kept of the chunks, whatever they require. NaN and Inf in a feature leave none of its
-    moments finite. An accumulator can be pickled and copied; :meth:`state_dict` is for `torch.save`, and is read with
-    `weights_only=True`.
+    Not differentiable: no graph is kept of the chunks, whatever they require. NaN and Inf in a feature leave none of
+    its moments finite. An accumulator can be pickled and copied; :meth:`state_dict` is for `torch.save`, and is read
+    with `weights_only=True`.
 
     Source: Chan, Golub & LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, Stanford
-    University, STAN-CS-79-773, 1979; Algorithms for computing the sample variance, The American Statistician 37(3), 1983.
+    University, STAN-CS-79-773, 1979; Algorithms for computing the sample variance, The American Statistician 37(3),
+    1983.
 
     Example:
         >>> import torch, fastda
@@ -337,6 +338,6 @@ def _check_shape(name: str, expected: tuple[int, ...] | None, got: tuple[int, ..
     """Moments of one shape, (..., D), if there are any yet."""
     if None not in (expected, got) and got != expected:
         raise ValueError(
-            f"{name}: expected {expected[-1]} features and the batch dimensions {expected[:-1]} of the chunks before, got "
-            f"{got[-1]} and {got[:-1]}; use an accumulator for each layer, and flatten dimensions that are samples"
+            f"{name}: expected {expected[-1]} features and the batch dimensions {expected[:-1]} of the chunks before, "
+            f"got {got[-1]} and {got[:-1]}; use an accumulator for each layer, and flatten dimensions that are samples"
         )

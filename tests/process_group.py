@@ -40,7 +40,8 @@ def whole_batch(world: int, name: str) -> dict[str, torch.Tensor]:
     draw, tensors = Draw(dtype=torch.float64), {}
     for i, key in enumerate(key for key, x in arguments.items() if isinstance(x, torch.Tensor)):
         total = sum(sizes[column(key)] for sizes in SIZES[world])
-        tensors[key] = torch.arange(total) % CLASSES if key in LABELS else draw.normal(*batch, total, FEATURES, mean=0.3 * i)
+        x = draw.normal(*batch, total, FEATURES, mean=0.3 * i)
+        tensors[key] = torch.arange(total) % CLASSES if key in LABELS else x
     return tensors
 
 
@@ -70,7 +71,7 @@ def derivatives(function, tensors: Tensors, directions: Tensors) -> Tensors:
     return found | {f"second derivative of {key}": g for key, g in zip(inputs, second)}
 
 
-def step(module: object, name: str, parameter: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group: object):
+def step(module: object, name: str, parameter: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group):
     """The gradient that a training step gives to a parameter of the feature extractor."""
     parameter = parameter.detach().requires_grad_()
     layers = [((x @ parameter).tanh(), (x @ parameter.square()).sin()) for x in (source, target)]
@@ -118,7 +119,8 @@ def in_group(world: int, rank: int, group: dist.ProcessGroup) -> dict[object, ob
             module.coral_loss(mine[0][:0] if rank else mine[0][:1], mine[1], process_group=group)
         except ValueError as error:
             found[module.__name__, "error"] = str(error)
-    found["accumulator"] = accumulate(share(world, rank, "support", whole_batch(world, "class_means")["support"]), group)
+    support = whole_batch(world, "class_means")["support"]
+    found["accumulator"] = accumulate(share(world, rank, "support", support), group)
     return found
 
 
