@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ..kernels.triton import problem
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,24 +49,102 @@ class Resources:
     matrix_instructions: tuple[str, ...]
 
 
-def resources(kernel, signature: dict[str, str], constants: dict[str, object], target: str, **options) -> Resources:
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: what `resources` asks for, and in how many programs it runs."""
+
+    kernel: object
+    programs: int
+    signature: dict[str, object]
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+    options: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def resources(self, target: str) -> Resources:
+        return resources(
+            self.kernel, self.signature, self.constants, target, aligned=self.aligned, **self.options
+        )
+
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+}
+
+
+def resources(
+    kernel,
+    signature: dict[str, object],
+    constants: dict[str, object],
+    target: str,
+    *,
+    aligned: Collection[str] = (),
+    **options,
+) -> Resources:
     """Compile `kernel` for `target`.
 
     Args:
         kernel: a function under `@triton.jit`.
-        signature: type of each argument in Triton's words, such as "*fp32", "i64" or "constexpr".
+        signature: type of each argument in Triton's words, such as "*fp32", "i64" or "constexpr"; a tuple for a tuple.
         constants: value of each constexpr argument.
         target: a key of `TARGETS`.
+        aligned: arguments that are multiples of 16, as most pointers and many strides are.
         options: `num_warps`, `num_stages` and the like.
     """
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError(f"kernel: expected a compiled Triton function, got {kernel!r}; unset TRITON_INTERPRET")
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     nvidia = TARGETS[target].backend == "cuda"
     registers, spills = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
     instructions = re.findall(MATRIX_INSTRUCTIONS, compiled.asm["ptx" if nvidia else "amdgcn"])
     return Resources(target, registers, spills, compiled.metadata.shared, tuple(sorted(set(instructions))))
+
+
+def launches(call: Callable, *arguments: object) -> list[Launch]:
+    """What a launcher of fastda.kernels.triton would launch on a GPU, for tensors on the meta device."""
+    problem.noted.clear()
+    call(*arguments)
+    found = [_described(*launch) for launch in problem.noted]
+    problem.noted.clear()
+    return found
+
+
+def _described(kernel, programs: int, arguments: tuple, constants: dict[str, object]) -> Launch:
+    """As Triton's own launcher would: integers that are 1 become constants, multiples of 16 are known to be."""
+    signature: dict[str, object] = {}
+    fixed, options, aligned = {}, {}, []
+    for parameter, value in zip(kernel.params, arguments):
+        name = parameter.name
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            aligned.append(name)
+        elif isinstance(value, tuple):
+            signature[name] = tuple(_integer(one) for one in value)
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], fixed[name] = "constexpr", value
+        else:
+            signature[name] = _integer(value)
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(name)
+    for name, value in constants.items():
+        if name in kernel.arg_names:
+            signature[name], fixed[name] = "constexpr", value
+        else:
+            options[name] = value
+    return Launch(kernel, programs, signature, fixed, tuple(aligned), options)
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:

@@ -1,0 +1,54 @@
+"""Joins the Triton launchers to the ops, and imports Triton no sooner than the first call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import torch
+
+TOPICS = {"coral_layers": "coral", "coral_loss": "coral", "covariance": "covariance"}
+"""Ops with Triton kernels, forward and backward, and the module of fastda.kernels.triton that launches them."""
+
+
+def serves(op: str) -> bool:
+    return op.removesuffix("_backward") in TOPICS
+
+
+def launcher(op: str) -> Callable:
+    """The function that launches the kernels of an op."""
+    topic = TOPICS[op.removesuffix("_backward")]
+
+    def launch(*arguments):
+        return getattr(importlib.import_module(f"fastda.kernels.triton.{topic}"), op)(*arguments)
+
+    return launch
+
+
+def reason_absent() -> str:
+    """Why Triton cannot be had, and the cure; empty if it can."""
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
+
+
+def interpreted() -> bool:
+    """Whether the kernels run under Triton's interpreter, and so on CPU tensors."""
+    if reason_absent():
+        return False
+    from triton import JITFunction
+
+    from .triton.products import products_kernel
+
+    return not isinstance(products_kernel, JITFunction)
+
+
+def serve_cpu() -> torch.library.Library:
+    """Let the launchers serve CPU tensors too, as long as the result is kept: the kernels in C++ stand behind them."""
+    library = torch.library.Library("fastda", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is overridden
+        for topic in TOPICS:
+            for op in (topic, f"{topic}_backward"):
+                library.impl(op, launcher(op), "CPU", allow_override=True)
+    return library

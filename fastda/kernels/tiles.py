@@ -1,0 +1,108 @@
+"""Block sizes of the Triton kernels, by heuristic from sizes, dtype and device. Nothing here needs Triton.
+
+None of this was tuned on a GPU: the figures follow from registers, shared memory and the number of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+EXACT_WORK = 2**28
+"""Samples² × features up to which a Gram matrix is taken in float64 at once: less than the launch that checks it costs."""
+
+HALF_WORK = 2**30
+"""Samples × features² from which half-precision features are multiplied as such, centred and rounded to their dtype."""
+
+MOST_CHUNKS = 64
+ABSENT_MULTIPROCESSORS = 132
+"""Of an H200: on the meta device, where launches are only looked at."""
+
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities with float64 at half of the rate of float32; others have it at 1/32 or 1/64."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of one launch: sides of a tile, its depth, and how Triton runs it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, object]:
+        # The contraction to fused multiply-adds is asked for: Triton is about to change its default.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@functools.lru_cache(None)
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at a time, about; a few under the interpreter, where more only take longer."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return ABSENT_MULTIPROCESSORS if device.type == "meta" else 4
+
+
+@functools.lru_cache(None)
+def fast_float64(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) in FAST_FLOAT64
+
+
+def products(side: int, accumulator: torch.dtype, half: bool, several: bool) -> Blocks:
+    """For the products of samples or features: `side` of them.
+
+    half: operands in half precision. several: several layers in one launch, which takes registers.
+    """
+    if half:
+        return Blocks(128, 128, 64, 8, 3)
+    if side <= 128 or several:
+        return Blocks(32, 32, 16, 4, 2)
+    return Blocks(64, 64, 16, 8, 2)
+
+
+def gradient(num_samples: int, accumulator: torch.dtype, half: bool) -> Blocks:
+    if half:
+        return Blocks(128, 128, 64, 8, 3)
+    if num_samples <= 128:
+        return Blocks(32, 64, 16, 4, 2)
+    return Blocks(64, 64, 16, 8, 2)
+
+
+def careful(side: int = 32) -> Blocks:
+    """For float64 products where others cancelled."""
+    return Blocks(side, side, 16, 8 if side > 32 else 4, 2)
+
+
+def means(num_rows: int, programs: int, device: torch.device) -> tuple[Blocks, int]:
+    """Blocks, and into how many parts the rows of a column are split."""
+    blocks = Blocks(32, 64, 0, 4, 1)
+    parts = min(MOST_CHUNKS, num_rows // (8 * blocks.rows), 4 * multiprocessors(device) // max(programs, 1))
+    return blocks, 1 << max(parts, 1).bit_length() - 1
+
+
+def centring() -> Blocks:
+    return Blocks(32, 128, 0, 4, 1)
+
+
+def chunk(length: int, tiles: int, depth: int, half: bool, device: torch.device) -> int:
+    """Into what lengths a sum over `length` is cut, so that `tiles` sums fill the device.
+
+    What counts is the time of the last wave of programs, and the reading and writing of partial sums.
+    """
+    slots = multiprocessors(device)
+    traffic = (6.0 if half else 0.5) * tiles / max(length, 1)
+    most = max(1, min(MOST_CHUNKS, -(-length // depth)))
+    parts = min(range(1, most + 1), key=lambda n: -(-tiles * n // slots) / n + traffic * n)
+    return -(-(-(-length // parts)) // depth) * depth or depth
+
+
+def alignment(*sizes: int) -> int:
+    """The largest of 16, 8, 4, 2, 1 that divides all of them."""
+    return next(step for step in (16, 8, 4, 2, 1) if all(size % step == 0 for size in sizes))
