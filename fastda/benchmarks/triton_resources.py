@@ -128,7 +128,7 @@ def _described(kernel, programs: int, arguments: tuple, constants: dict[str, obj
             signature[name] = f"*{TYPES[value.dtype]}"
             aligned.append(name)
         elif isinstance(value, tuple):
-            signature[name] = tuple(_integer(one) for one in value)
+            signature[name] = tuple("fp32" if isinstance(one, float) else _integer(one) for one in value)
         elif value == 1 and not parameter.do_not_specialize:
             signature[name], fixed[name] = "constexpr", value
         else:

@@ -55,7 +55,7 @@ def fast_float64(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) in FAST_FLOAT64
 
 
-def products(side: int, accumulator: torch.dtype, half: bool, several: bool) -> Blocks:
+def products(side: int, half: bool, several: bool) -> Blocks:
     """For the products of samples or features: `side` of them.
 
     half: operands in half precision. several: several layers in one launch, which takes registers.
@@ -67,7 +67,7 @@ def products(side: int, accumulator: torch.dtype, half: bool, several: bool) -> 
     return Blocks(64, 64, 16, 8, 2)
 
 
-def gradient(num_samples: int, accumulator: torch.dtype, half: bool) -> Blocks:
+def gradient(num_samples: int, half: bool) -> Blocks:
     if half:
         return Blocks(128, 128, 64, 8, 3)
     if num_samples <= 128:
@@ -88,7 +88,7 @@ def means(num_rows: int, programs: int, device: torch.device) -> tuple[Blocks, i
 
 
 def centring() -> Blocks:
-    return Blocks(32, 128, 0, 4, 1)
+    return Blocks(32, 128, 0, 8, 1)
 
 
 def chunk(length: int, tiles: int, depth: int, half: bool, device: torch.device) -> int:

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import tiles
+from .device import in_parts
 from .gradients import careful_gram_kernel, gradient_kernel
-from .problem import (
-    TRITON_DTYPES,
-    Domains,
-    Sizes,
-    accumulator,
-    centred_copy,
-    ceil_div,
-    launch,
-    operand,
-    precision,
-)
+from .problem import TRITON_DTYPES, BackwardPlan, Domains, accumulator, centred_copy, launch, operand, precision
+
+ONE = in_parts([1.0])
+
 
 
 def backward(
@@ -25,50 +19,39 @@ def backward(
     domains: Domains,
     means: Tensor,
     products: Tensor,
-    sizes: Sizes,
+    plan: BackwardPlan,
     correction: int,
     scale: str,
     grads: tuple[Tensor, Tensor],
     needs: tuple[bool, bool],
     *,
+    weights: tuple[float, ...] = ONE,
     covariance: bool = False,
 ) -> None:
     """Write the gradients that are needed into `grads`.
 
     incoming: of losses and mean distances, each (batch, layers). grads: contiguous; the same tensor twice for flat layers.
     """
-    like, device = domains.source, domains.source.device
+    sizes, blocks, like = plan.sizes, plan.blocks, domains.source
     dtype = accumulator(like.dtype)
-    flat, count = domains.flat, sizes.count
-    dense = sizes.batch * sum(layer.num_samples * layer.num_features**2 for layer in sizes.layers)
-    large = not flat and sizes.route == "difference" and like.dtype.itemsize == 2 and dense >= tiles.HALF_WORK
-    half = large and like.dtype == torch.bfloat16
-    blocks = tiles.gradient(sizes.num_samples, dtype, half)
-    row_blocks = [
-        needs[0] * ceil_div(layer.num_source, blocks.rows) + needs[1] * ceil_div(layer.num_target, blocks.rows)
-        for layer in sizes.layers
-    ]
-
-    careful = any(layer.gram for layer in sizes.layers) and dtype == torch.float32
     exact, cancelled = products, means
+    careful = plan.careful_programs[1] > 0
     if careful:
-        exact, cancelled = careful_gram(domains, means, products, sizes, correction, needs, row_blocks, blocks.rows)
+        exact, cancelled = careful_gram(domains, means, products, plan, correction, needs)
 
     read, matrix, symmetrise = domains, products, covariance
-    if half:
+    if plan.half:
         # Rounded to bfloat16, which has the range of float32; float16 has not, and is multiplied as tf32.
         read = centred_copy(domains, means, sizes)
         matrix = products.view(sizes.batch, *2 * (sizes.layers[0].num_features,))
         matrix = (matrix + matrix.mT if covariance else matrix).to(torch.bfloat16)
         symmetrise = False
-    counts, total = sizes.programs(
-        [rows * ceil_div(layer.num_features, blocks.columns) for rows, layer in zip(row_blocks, sizes.layers)]
-    )
+    counts, total = plan.programs
     of_loss, of_distance = incoming
     launch(
         gradient_kernel,
         sizes.batch * total,
-        device,
+        like.device,
         of_loss,
         of_distance,
         read.source,
@@ -83,26 +66,27 @@ def backward(
         *read.strides,
         sizes.means,
         sizes.products,
-        sum(flag_blocks(sizes, blocks.rows)),
+        plan.num_flags,
         *(grad.stride(0) if grad.dim() > 1 else 0 for grad in grads),
         *sizes.packed,
         sizes.no_chunks,
         counts,
+        weights,
         total,
         correction,
-        LAYERS=count,
-        FLAT=flat,
+        LAYERS=sizes.count,
+        FLAT=domains.flat,
         ROUTE=sizes.route,
         COVARIANCE=covariance,
         SCALE=scale,
         NEED_SOURCE=needs[0],
         NEED_TARGET=needs[1],
         CAREFUL=careful,
-        CENTRED=half,
+        CENTRED=plan.half,
         SYMMETRISE=symmetrise,
         DTYPE=TRITON_DTYPES[dtype],
-        OPERAND=operand(like.dtype, device),
-        PRECISION="tf32" if large and not torch.version.hip else precision(),
+        OPERAND=operand(like.dtype, like.device),
+        PRECISION="tf32" if plan.large and not torch.version.hip else precision(),
         BLOCK=blocks.rows,
         WIDTH=blocks.columns,
         BLOCK_K=blocks.depth,
@@ -111,19 +95,12 @@ def backward(
     )
 
 
-def flag_blocks(sizes: Sizes, block: int) -> list[int]:
-    """Blocks of samples of each layer."""
-    return [ceil_div(layer.num_source, block) + ceil_div(layer.num_target, block) for layer in sizes.layers]
-
-
-def careful_gram(domains, means, products, sizes, correction, needs, row_blocks, block) -> tuple[Tensor, Tensor]:
-    blocks = tiles.careful(block)
-    flags = flag_blocks(sizes, block)
+def careful_gram(domains, means, products, plan, correction, needs) -> tuple[Tensor, Tensor]:
+    """The Gram matrix in float64 in blocks of samples where it cancels, and in which it does."""
+    sizes, blocks = plan.sizes, tiles.careful(plan.blocks.rows)
     exact = products.new_empty(products.shape, dtype=torch.float64)
-    cancelled = products.new_empty(sizes.batch, sum(flags), dtype=torch.int32)
-    counts, total = sizes.programs(
-        [rows * others if layer.gram else 0 for rows, others, layer in zip(row_blocks, flags, sizes.layers)]
-    )
+    cancelled = products.new_empty(sizes.batch, plan.num_flags, dtype=torch.int32)
+    counts, total = plan.careful_programs
     launch(
         careful_gram_kernel,
         sizes.batch * total,
@@ -137,7 +114,7 @@ def careful_gram(domains, means, products, sizes, correction, needs, row_blocks,
         *domains.strides,
         sizes.means,
         sizes.products,
-        sum(flags),
+        plan.num_flags,
         *sizes.packed,
         sizes.no_chunks,
         counts,
@@ -148,7 +125,7 @@ def careful_gram(domains, means, products, sizes, correction, needs, row_blocks,
         ROUTE=sizes.route,
         NEED_SOURCE=needs[0],
         NEED_TARGET=needs[1],
-        BLOCK=block,
+        BLOCK=blocks.rows,
         BLOCK_K=blocks.depth,
         **blocks.options,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .backward import backward
+from .device import in_parts
 from .forward import forward
-from .problem import Domains, Sizes, accumulator, layers_of, plan_forward
+from .problem import Domains, layers_of, plan_backward, plan_forward
 
 
 def flatten(x: Tensor, kept: int) -> Tensor:
@@ -67,16 +67,15 @@ def coral_loss_backward(
     grads = tuple(
         x.new_empty(x.shape if need else (0,)) for x, need in ((source, need_source), (target, need_target))
     )
-    sizes = Sizes(
-        layers_of((source.shape[-2],), (target.shape[-2],), (source.shape[-1],)), math.prod(source.shape[:-2])
-    )
+    layers = layers_of((source.shape[-2],), (target.shape[-2],), (source.shape[-1],))
+    plan = plan_backward(layers, math.prod(source.shape[:-2]), source.dtype, False, needs)
     incoming = tuple(flatten(grad, 0).unsqueeze(-1) for grad in (grad_loss, grad_mean_distance))
     backward(
         incoming,
         Domains(flatten(source, 2), flatten(target, 2), False),
         flatten(means, 2).contiguous(),
         flatten(products, 2).contiguous(),
-        sizes,
+        plan,
         correction,
         scale,
         tuple(flatten(grad, 2) if need else grad for grad, need in zip(grads, needs)),
@@ -90,14 +89,15 @@ def coral_layers(
     num_source: list[int],
     num_target: list[int],
     num_features: list[int],
+    weights: list[float],
     correction: int,
     scale: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layers = check_layers(features, num_source, num_target, num_features, correction)
+    layers = check_layers(features, num_source, num_target, num_features, weights, correction)
     batch = features.shape[:-1]
     plan = plan_forward(layers, math.prod(batch), features.dtype, features.device, True)
-    results = forward(flat(features), plan, correction, scale)
-    return tuple(result.view(*batch, -1) if batch.numel() else result.view(*batch, result.shape[-1]) for result in results)
+    results = forward(flat(features), plan, correction, scale, in_parts(weights))
+    return tuple(result.view(*batch, result.shape[-1]) for result in results)
 
 
 def coral_layers_backward(
@@ -109,11 +109,12 @@ def coral_layers_backward(
     num_source: list[int],
     num_target: list[int],
     num_features: list[int],
+    weights: list[float],
     correction: int,
     scale: str,
     need_features: bool,
 ) -> Tensor:
-    layers = check_layers(features, num_source, num_target, num_features, correction)
+    layers = check_layers(features, num_source, num_target, num_features, weights, correction)
     if not need_features:
         return features.new_empty(0)
     grad = features.new_empty(features.shape)
@@ -122,11 +123,12 @@ def coral_layers_backward(
         flat(features),
         flatten(means, 1).contiguous(),
         flatten(products, 1).contiguous(),
-        Sizes(layers, math.prod(features.shape[:-1])),
+        plan_backward(layers, math.prod(features.shape[:-1]), features.dtype, True, (True, True)),
         correction,
         scale,
         2 * (flatten(grad, 1),),
         (True, True),
+        weights=in_parts(weights),
     )
     return grad
 
@@ -137,10 +139,10 @@ def flat(features: Tensor) -> Domains:
     return Domains(rows, rows, True)
 
 
-def check_layers(features, num_source, num_target, num_features, correction):
+def check_layers(features, num_source, num_target, num_features, weights, correction):
     check_samples((*num_source, *num_target), correction)
     total = sum((s + t) * d for s, t, d in zip(num_source, num_target, num_features))
-    if not len(num_source) == len(num_target) == len(num_features) > 0 or features.shape[-1] != total:
+    if not len(num_source) == len(num_target) == len(num_features) == len(weights) > 0 or features.shape[-1] != total:
         raise ValueError(
             f"features: expected {total} a batch element for layers of {list(num_source)} and {list(num_target)} samples of "
             f"{list(num_features)} features, got shape {tuple(features.shape)}; flatten and join the layers"

@@ -9,7 +9,7 @@ from torch import Tensor
 from .backward import backward
 from .coral import check_samples, flatten
 from .forward import forward
-from .problem import Domains, Layer, Sizes, plan_forward
+from .problem import Domains, Layer, plan_backward, plan_forward
 
 
 def one_domain(x: Tensor, correction: int) -> tuple[Layer, ...]:
@@ -35,7 +35,7 @@ def covariance_backward(grad_value: Tensor, x: Tensor, mean: Tensor, correction:
         Domains(rows, rows, False),
         flatten(mean, 1).contiguous(),
         incoming,
-        Sizes(one_domain(x, correction), math.prod(x.shape[:-2])),
+        plan_backward(one_domain(x, correction), math.prod(x.shape[:-2]), x.dtype, False, (True, False)),
         correction,
         "sum",
         (flat_grad, flat_grad),

@@ -1,7 +1,7 @@
 """What the kernels of covariance and CORAL share on the device: where a program works, how it centres, how it finishes.
 
 One launch serves a batch of pairs of domains at one or several layers. The layers' sizes come as tuples of `packed`
-integers, one a layer; a program finds its layer and the offsets of the layer's data by summing the sizes before it.
+integers, one a layer, and are unpacked by a shift; a program finds its layer and the offsets of the layer's data by summing the sizes before it.
 
 Each layer goes one of two routes. "gram": products of samples with samples, the sum running over features.
 "difference": products of features with features, the sum running over samples. ROUTE is the one all layers share, or
@@ -10,6 +10,9 @@ Each layer goes one of two routes. "gram": products of samples with samples, the
 
 from __future__ import annotations
 
+import math
+import struct
+
 import triton
 import triton.language as tl
 
@@ -17,11 +20,6 @@ import triton.language as tl
 def packed(size: int) -> int:
     """Triton specialises kernels on integers in tuples that are 1 or multiples of 16. This is never either."""
     return 16 * size + 3
-
-
-@triton.jit
-def unpacked(size):
-    return (size >> 4).to(tl.int32)
 
 
 @triton.jit
@@ -35,20 +33,18 @@ def goes_gram(num_source, num_target, num_features, ROUTE: tl.constexpr):
 
 
 @triton.jit
-def num_tiles(num_source, num_target, num_features, BLOCK: tl.constexpr, ROUTE: tl.constexpr):
+def num_tiles(num_source, num_target, num_features, gram, BLOCK: tl.constexpr):
     """Tiles of the lower triangle of the products."""
-    gram = goes_gram(num_source, num_target, num_features, ROUTE)
-    of_samples = tl.cdiv(num_source, BLOCK) + tl.cdiv(num_target, BLOCK)
-    blocks = tl.where(gram, of_samples, tl.cdiv(num_features, BLOCK))
+    of_samples = (num_source + BLOCK - 1) // BLOCK + (num_target + BLOCK - 1) // BLOCK
+    blocks = tl.where(gram, of_samples, (num_features + BLOCK - 1) // BLOCK)
     return blocks * (blocks + 1) // 2
 
 
 @triton.jit
-def num_chunks(num_source, num_target, num_features, chunk, ROUTE: tl.constexpr):
+def num_chunks(num_source, num_target, num_features, gram, chunk):
     """Parts into which the sum of a product is split; those of the source come first."""
-    gram = goes_gram(num_source, num_target, num_features, ROUTE)
-    of_samples = tl.cdiv(num_source, chunk) + tl.cdiv(num_target, chunk)
-    return tl.where(gram, tl.cdiv(num_features, chunk), of_samples)
+    of_samples = (num_source + chunk - 1) // chunk + (num_target + chunk - 1) // chunk
+    return tl.where(gram, (num_features + chunk - 1) // chunk, of_samples)
 
 
 @triton.jit
@@ -66,30 +62,56 @@ def find_layer(
     """The layer of a program, its place among the layer's programs, the layer's sizes, and where its data begin:
     features, means, products (in elements), tiles, partial products (both counted in tiles)."""
     layer, first, end = tl.zeros((), tl.int64), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    s, t, d, c = unpacked(num_source[0]), unpacked(num_target[0]), unpacked(num_features[0]), unpacked(chunk[0])
+    s, t, d, c = (num_source[0] >> 4), (num_target[0] >> 4), (num_features[0] >> 4), (chunk[0] >> 4)
     features, means, products = tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     tiles, partials = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     all_features, all_means, all_products, all_tiles, all_partials = features, means, products, tiles, partials
     for i in tl.static_range(1, LAYERS):
-        before_s, before_t = unpacked(num_source[i - 1]), unpacked(num_target[i - 1])
-        before_d, before_c = unpacked(num_features[i - 1]), unpacked(chunk[i - 1])
+        before_s, before_t = (num_source[i - 1] >> 4), (num_target[i - 1] >> 4)
+        before_d, before_c = (num_features[i - 1] >> 4), (chunk[i - 1] >> 4)
         gram = goes_gram(before_s, before_t, before_d, ROUTE)
         side = tl.where(gram, before_s + before_t, before_d).to(tl.int64)
-        count = num_tiles(before_s, before_t, before_d, BLOCK, ROUTE).to(tl.int64)
+        count = num_tiles(before_s, before_t, before_d, gram, BLOCK).to(tl.int64)
         all_features += (before_s + before_t).to(tl.int64) * before_d
         all_means += 2 * before_d
         all_products += side * side
         all_tiles += count
-        all_partials += count * num_chunks(before_s, before_t, before_d, before_c, ROUTE)
-        end += unpacked(programs[i - 1])
+        all_partials += count * num_chunks(before_s, before_t, before_d, gram, before_c)
+        end += (programs[i - 1] >> 4)
         here = program >= end
         layer, first = tl.where(here, i, layer), tl.where(here, end, first)
-        s, t = tl.where(here, unpacked(num_source[i]), s), tl.where(here, unpacked(num_target[i]), t)
-        d, c = tl.where(here, unpacked(num_features[i]), d), tl.where(here, unpacked(chunk[i]), c)
+        s, t = tl.where(here, (num_source[i] >> 4), s), tl.where(here, (num_target[i] >> 4), t)
+        d, c = tl.where(here, (num_features[i] >> 4), d), tl.where(here, (chunk[i] >> 4), c)
         features, means = tl.where(here, all_features, features), tl.where(here, all_means, means)
         products, tiles = tl.where(here, all_products, products), tl.where(here, all_tiles, tiles)
         partials = tl.where(here, all_partials, partials)
     return layer, program - first, s, t, d, c, features, means, products, tiles, partials
+
+
+def in_parts(weights) -> tuple[float, ...]:
+    """Three numbers for each: Triton passes floats in float32, and together three have all digits of float64."""
+    parts = []
+    for weight in map(float, weights):
+        for _ in range(3):
+            part = struct.unpack("f", struct.pack("f", weight))[0]
+            parts.append(part)
+            weight = weight - part if math.isfinite(part) else 0.0
+    return tuple(parts)
+
+
+@triton.jit
+def joined(weights, LAYER: tl.constexpr):
+    """The number that `in_parts` took apart, in float64."""
+    rest = tl.zeros((), tl.float64) + weights[3 * LAYER + 2] + weights[3 * LAYER + 1]
+    return rest + weights[3 * LAYER]
+
+
+@triton.jit
+def weight_of(layer, weights, LAYERS: tl.constexpr):
+    weight = joined(weights, 0)
+    for i in tl.static_range(1, LAYERS):
+        weight = tl.where(layer == i, joined(weights, i), weight)
+    return weight
 
 
 @triton.jit

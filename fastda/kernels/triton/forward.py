@@ -7,7 +7,11 @@ from torch import Tensor
 
 from .. import tiles
 from . import products as kernels
+from .device import in_parts
 from .problem import TRITON_DTYPES, Domains, ForwardPlan, centred_copy, ceil_div, launch, operand, precision
+
+
+ONE = in_parts([1.0])
 
 
 def means_and_counters(domains: Domains, plan: ForwardPlan) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,7 @@ def means_and_counters(domains: Domains, plan: ForwardPlan) -> tuple[Tensor, Ten
 
 
 def forward(
-    domains: Domains, plan: ForwardPlan, correction: int, scale: str = "sum"
+    domains: Domains, plan: ForwardPlan, correction: int, scale: str = "sum", weights: tuple[float, ...] = ONE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses and mean distances, each (batch, layers), means (batch, Σ 2·D) and products (batch, Σ side²)."""
     sizes, blocks, like = plan.sizes, plan.blocks, domains.source
@@ -101,7 +105,7 @@ def forward(
     counts, total = plan.total_programs
     terms = like.new_empty(sizes.batch, total, 2, dtype=torch.float64)
     cancelled = like.new_empty(sizes.batch, sizes.count, dtype=torch.int32)
-    if plan.careful and empty:
+    if empty:
         cancelled.zero_()
     tiles_in_batch = total // (blocks.rows // plan.rows_of_total)
     launch(
@@ -123,6 +127,7 @@ def forward(
         *sizes.packed,
         plan.chunks,
         counts,
+        weights,
         total,
         correction,
         LAYERS=sizes.count,
@@ -137,16 +142,14 @@ def forward(
         num_stages=2,
         enable_fp_fusion=True,
     )
-    if plan.careful:
-        careful_loss(domains, plan, means, counters, losses, cancelled, correction, scale)
+    if plan.careful_programs[1]:
+        careful_loss(domains, plan, means, counters, losses, cancelled, correction, scale, weights)
     return losses, mean_distances, means, products
 
 
-def careful_loss(domains, plan, means, counters, losses, cancelled, correction, scale) -> None:
+def careful_loss(domains, plan, means, counters, losses, cancelled, correction, scale, weights) -> None:
     sizes, blocks = plan.sizes, tiles.careful()
-    most = max(layer.num_tiles(blocks.rows) for layer in sizes.layers)
-    workers = min(most, 2 * tiles.multiprocessors(losses.device))
-    counts, total = sizes.programs([workers] * sizes.count)
+    counts, total = plan.careful_programs
     terms = losses.new_empty(sizes.batch, total, dtype=torch.float64)
     launch(
         kernels.careful_loss_kernel,
@@ -164,6 +167,7 @@ def careful_loss(domains, plan, means, counters, losses, cancelled, correction, 
         *sizes.packed,
         sizes.no_chunks,
         counts,
+        weights,
         total,
         correction,
         LAYERS=sizes.count,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import centre, find_layer, goes_gram, scale_divisor
+from .device import centre, find_layer, goes_gram, scale_divisor, weight_of
 
 
 @triton.jit
 def domain_of(block, s, t, BLOCK: tl.constexpr, NEED_SOURCE: tl.constexpr):
     """The domain of a block of samples (True: target) and the block's place in it."""
-    of_source = tl.cdiv(s, BLOCK) if NEED_SOURCE else 0
+    of_source = (s + BLOCK - 1) // BLOCK if NEED_SOURCE else 0
     of_target = block >= of_source
     return of_target, tl.where(of_target, block - of_source, block)
 
@@ -54,8 +54,8 @@ def careful_gram_kernel(
     layer, local, s, t, d, c, features, first_mean, first_product, _, _ = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, ROUTE
     )
-    of_source = tl.cdiv(s, BLOCK)
-    blocks = of_source + tl.cdiv(t, BLOCK)
+    of_source = (s + BLOCK - 1) // BLOCK
+    blocks = of_source + (t + BLOCK - 1) // BLOCK
     other, block = local % blocks, local // blocks
     target_a, place = domain_of(block, s, t, BLOCK, NEED_SOURCE)
     target_b = other >= of_source
@@ -129,7 +129,8 @@ def layer_flags(
     """Where the flags of a layer begin: the blocks of samples of the layers before it."""
     first = 0
     for i in tl.static_range(1, LAYERS):
-        blocks = tl.cdiv(num_source[i - 1] >> 4, BLOCK) + tl.cdiv(num_target[i - 1] >> 4, BLOCK)
+        s, t = num_source[i - 1] >> 4, num_target[i - 1] >> 4
+        blocks = (s + BLOCK - 1) // BLOCK + (t + BLOCK - 1) // BLOCK
         first += tl.where(layer >= i, blocks, 0).to(tl.int32)
     return first
 
@@ -259,6 +260,7 @@ def gradient_kernel(
     num_features,
     chunk,
     programs,
+    weights,
     total,
     correction,
     LAYERS: tl.constexpr,
@@ -286,7 +288,7 @@ def gradient_kernel(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, ROUTE
     )
     d = tl.multiple_of(d, ALIGN)
-    widths = tl.cdiv(d, WIDTH)
+    widths = (d + WIDTH - 1) // WIDTH
     # Neighbouring programs share the samples that they read, or where samples are many the matrix.
     block, column = local // widths, local % widths
     of_target, place = domain_of(block, s, t, BLOCK, NEED_SOURCE)
@@ -322,13 +324,15 @@ def gradient_kernel(
         target_weight = 1.0 / (t - correction).to(tl.float64)
         ratio = source_weight / target_weight
         incoming = tl.load(grad_losses + batch * grad_batch + layer * grad_layer).to(tl.float64)
-        weight = tl.where(of_target, -target_weight, source_weight)
-        coefficient = 4.0 / scale_divisor(d, SCALE) * incoming * weight
+        of_layer = weight_of(layer, weights, LAYERS)
+        signed = tl.where(of_target, -target_weight, source_weight)
+        coefficient = 4.0 / scale_divisor(d, SCALE) * of_layer * incoming * signed
         pull = tl.load(grad_mean_distances + batch * grad_mean_batch + layer * grad_mean_layer)
-        pull = 2.0 * pull.to(tl.float64) / (tl.where(of_target, -count, count).to(tl.float64) * d.to(tl.float64))
+        pull = 2.0 * of_layer * pull.to(tl.float64) / (tl.where(of_target, -count, count).to(tl.float64) * d.to(tl.float64))
 
+    gram = goes_gram(s, t, d, ROUTE)
     if ROUTE != "difference":
-        if goes_gram(s, t, d, ROUTE):
+        if gram:
             gram_rows = rows + tl.where(of_target, s, 0)
             side = (s + t).to(tl.int64)
             first_flag = layer_flags(layer, num_source, num_target, LAYERS, BLOCK, NEED_SOURCE, NEED_TARGET)
@@ -360,7 +364,7 @@ def gradient_kernel(
                     result = (exact_s * ratio - exact_t) * (coefficient * target_weight)
                     store_gradient(out, result, rows, within_rows, columns, within_columns, mean, pull, d, COVARIANCE)
     if ROUTE != "gram":
-        if not goes_gram(s, t, d, ROUTE):
+        if not gram:
             result = product_with_matrix(
                 x, row_stride, column_stride, mean + tl.where(of_target, d, 0), rows, within_rows, products,
                 columns, within_columns, d, SYMMETRISE, CENTRED, DTYPE, OPERAND, PRECISION, BLOCK, WIDTH, BLOCK_K,

@@ -137,7 +137,20 @@ class ForwardPlan:
     num_partials: int
     programs: tuple[tuple[int, ...], int]
     total_programs: tuple[tuple[int, ...], int]
-    careful: bool
+    careful_programs: tuple[tuple[int, ...], int]  # none where nothing can cancel
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Of the launches from incoming gradients to those of the features."""
+
+    sizes: Sizes
+    large: bool  # products of half-precision features
+    half: bool  # these in the dtype of the features
+    blocks: tiles.Blocks
+    num_flags: int  # blocks of samples, in all layers
+    programs: tuple[tuple[int, ...], int]
+    careful_programs: tuple[tuple[int, ...], int]
 
 
 def layers_of(num_source, num_target, num_features) -> tuple[Layer, ...]:
@@ -154,9 +167,8 @@ def plan_forward(
     work = batch * sum(layer.num_samples**2 * layer.num_features for layer in gram)
     exact = bool(gram) and dtype != torch.float64 and work <= tiles.EXACT_WORK and tiles.fast_float64(device)
     accumulate = torch.float64 if exact else accumulator(dtype)
-    dense = batch * sum(layer.num_samples * layer.num_features**2 for layer in layers)
-    half = not flat and not gram and dtype.itemsize == 2 and dense >= tiles.HALF_WORK
-    blocks = tiles.products(max(layer.side for layer in layers), accumulate, half, len(layers) > 1)
+    half = not flat and not gram and dtype.itemsize == 2 and dense_work(layers, batch) >= tiles.HALF_WORK
+    blocks = tiles.products(max(layer.side for layer in layers), half, len(layers) > 1)
     side = blocks.rows
     tile_counts = [layer.num_tiles(side) for layer in layers]
     total = batch * sum(tile_counts)
@@ -171,6 +183,12 @@ def plan_forward(
             chunks.append(tiles.chunk(length, domains * total, blocks.depth, half, device))
     rows = min(side, 32)
     programs = [count * layer.num_chunks(chunk) for count, layer, chunk in zip(tile_counts, layers, chunks)]
+    careful = tiles.careful()
+    workers = [
+        min(max(layer.num_tiles(careful.rows) for layer in layers), 2 * tiles.multiprocessors(device))
+        if gram and not exact
+        else 0
+    ]
     return ForwardPlan(
         sizes,
         covariance,
@@ -184,8 +202,42 @@ def plan_forward(
         sum(programs) * side * side,
         sizes.programs(programs),
         sizes.programs([count * (side // rows) for count in tile_counts]),
-        bool(gram) and not exact,
+        sizes.programs(workers * len(layers)),
     )
+
+
+@functools.lru_cache(1024)
+def plan_backward(
+    layers: tuple[Layer, ...], batch: int, dtype: torch.dtype, flat: bool, needs: tuple[bool, bool]
+) -> BackwardPlan:
+    sizes = Sizes(layers, batch)
+    large = not flat and sizes.route == "difference" and dtype.itemsize == 2 and dense_work(layers, batch) >= tiles.HALF_WORK
+    half = large and dtype == torch.bfloat16
+    blocks = tiles.gradient(sizes.num_samples, half)
+    blocks_of_samples = [
+        (ceil_div(layer.num_source, blocks.rows), ceil_div(layer.num_target, blocks.rows)) for layer in layers
+    ]
+    needed = [needs[0] * of_source + needs[1] * of_target for of_source, of_target in blocks_of_samples]
+    careful = dtype != torch.float64
+    return BackwardPlan(
+        sizes,
+        large,
+        half,
+        blocks,
+        sum(map(sum, blocks_of_samples)),
+        sizes.programs([count * ceil_div(layer.num_features, blocks.columns) for count, layer in zip(needed, layers)]),
+        sizes.programs(
+            [
+                count * sum(others) if layer.gram and careful else 0
+                for count, others, layer in zip(needed, blocks_of_samples, layers)
+            ]
+        ),
+    )
+
+
+def dense_work(layers: tuple[Layer, ...], batch: int) -> int:
+    """Multiplications of the product of all samples with a matrix of features × features."""
+    return batch * sum(layer.num_samples * layer.num_features**2 for layer in layers)
 
 
 def centred_copy(domains: Domains, means: Tensor, sizes: Sizes) -> Domains:

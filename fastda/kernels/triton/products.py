@@ -16,6 +16,7 @@ from .device import (
     ordered_sum,
     scale_divisor,
     triangle,
+    weight_of,
 )
 
 
@@ -73,7 +74,7 @@ def means_kernel(
     if SPLITS == 1:
         tl.store(means + out, column_means(x, row_stride, column_stride, count, columns, within, ROWS), within)
     else:
-        share = tl.cdiv(count, SPLITS)
+        share = (count + SPLITS - 1) // SPLITS
         begin = tl.minimum(split * share, count)
         rows = tl.minimum(begin + share, count) - begin
         x += begin.to(tl.int64) * row_stride
@@ -114,15 +115,16 @@ def centre_kernel(
     HALVE: divided by 2, since the difference of two float16 numbers may be beyond float16.
     """
     num_features = tl.multiple_of(num_features, ALIGN)
-    of_source = tl.cdiv(num_source, ROWS)
-    per_batch = (of_source + tl.cdiv(num_target, ROWS)) * tl.cdiv(num_features, COLUMNS)
+    of_source = (num_source + ROWS - 1) // ROWS
+    widths = (num_features + COLUMNS - 1) // COLUMNS
+    per_batch = (of_source + (num_target + ROWS - 1) // ROWS) * widths
     program = tl.program_id(0)
     batch = (program // per_batch).to(tl.int64)
-    block = program % per_batch // tl.cdiv(num_features, COLUMNS)
+    block = program % per_batch // widths
     of_target = block >= of_source
     count = tl.where(of_target, num_target, num_source)
     rows = (tl.where(of_target, block - of_source, block) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = program % tl.cdiv(num_features, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = program % widths * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.where(of_target, target + batch * target_batch, source + batch * source_batch)
     row_stride = tl.where(of_target, target_row, source_row).to(tl.int64)
     column_stride = tl.where(of_target, target_column, source_column)
@@ -162,7 +164,7 @@ def gram_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Products of two blocks of samples, over the features from `begin` to `end`."""
-    of_source = tl.cdiv(s, BLOCK)
+    of_source = (s + BLOCK - 1) // BLOCK
     target_a, target_b = row >= of_source, column >= of_source
     a, b = tl.where(target_a, target, source), tl.where(target_b, target, source)
     row_a = tl.where(target_a, target_row, source_row).to(tl.int64)
@@ -305,14 +307,15 @@ def products_kernel(
         source += batch * source_batch
         target += batch * target_batch
     mean = means + batch * means_batch + first_mean
-    chunks = num_chunks(s, t, d, c, ROUTE)
+    gram = goes_gram(s, t, d, ROUTE)
+    chunks = num_chunks(s, t, d, gram, c)
     tile, part = local // chunks, local % chunks
     row, column = triangle(tile)
     index = tl.arange(0, BLOCK)
     out = batch * partials_batch + (first_partial + local) * (BLOCK * BLOCK)
     out = partials + out + index[:, None] * BLOCK + index[None, :]
     if ROUTE != "difference":
-        if goes_gram(s, t, d, ROUTE):
+        if gram:
             begin = part * c
             result = gram_tile(
                 row,
@@ -338,8 +341,8 @@ def products_kernel(
             )
             tl.store(out, result)
     if ROUTE != "gram":
-        if not goes_gram(s, t, d, ROUTE):
-            of_source = tl.cdiv(s, c)
+        if not gram:
+            of_source = (s + c - 1) // c
             of_target = part >= of_source
             count = tl.where(of_target, t, s)
             begin = tl.where(of_target, part - of_source, part) * c
@@ -385,6 +388,7 @@ def total_kernel(
     num_features,
     chunk,
     programs,
+    weights,
     total,
     correction,
     LAYERS: tl.constexpr,
@@ -407,8 +411,8 @@ def total_kernel(
     gram = goes_gram(s, t, d, ROUTE)
     tile, part = local // SLICES, local % SLICES
     row, column = triangle(tile)
-    chunks = num_chunks(s, t, d, c, ROUTE)
-    source_chunks = tl.where(gram, chunks, tl.cdiv(s, c))
+    chunks = num_chunks(s, t, d, gram, c)
+    source_chunks = tl.where(gram, chunks, (s + c - 1) // c)
     first, index = part * SLICE + tl.arange(0, SLICE), tl.arange(0, BLOCK)
     x = batch * partials_batch + (first_partial + tile.to(tl.int64) * chunks) * (BLOCK * BLOCK)
     x = partials + x + first[:, None] * BLOCK + index[None, :]
@@ -434,7 +438,7 @@ def total_kernel(
     result = of_source * ratio.to(partials.dtype.element_ty) - of_target
     result *= target_weight.to(partials.dtype.element_ty)
 
-    source_blocks = tl.where(gram, tl.cdiv(s, BLOCK), 0)
+    source_blocks = tl.where(gram, (s + BLOCK - 1) // BLOCK, 0)
     target_a, target_b = gram & (row >= source_blocks), gram & (column >= source_blocks)
     rows = tl.where(target_a, row - source_blocks, row) * BLOCK + first
     columns = tl.where(target_b, column - source_blocks, column) * BLOCK + index
@@ -461,7 +465,7 @@ def total_kernel(
             weight_b = 1.0 / (tl.where(target_b, t, s) - correction).to(tl.float64)
             squares = tl.where(gram, squares * weight_a * weight_b, squares)
         between = target_a != target_b
-        count = num_tiles(s, t, d, BLOCK, ROUTE) * SLICES
+        count = num_tiles(s, t, d, gram, BLOCK) * SLICES
         terms += (batch * tiles_batch + first_tile) * (2 * SLICES)
         tl.store(terms + 2 * local, tl.where(between, 0.0, squares))
         tl.store(terms + 2 * local + 1, tl.where(between, squares, 0.0))
@@ -475,7 +479,8 @@ def total_kernel(
             else:
                 tl.store(cancelled + pair, (gram & (norm < 1e-2 * within_domains)).to(tl.int32))
             norm = tl.where(norm < 0.0, 0.0, norm)
-            tl.store(losses + pair, (norm / scale_divisor(d, SCALE)).to(losses.dtype.element_ty))
+            weight = weight_of(layer, weights, LAYERS)
+            tl.store(losses + pair, (norm / scale_divisor(d, SCALE) * weight).to(losses.dtype.element_ty))
             means += batch * means_batch + first_mean
             squares_of_means = tl.zeros((512,), tl.float64)
             for i in range(0, d, 512):
@@ -483,7 +488,7 @@ def total_kernel(
                 source_mean = tl.load(means + feature, feature < d, other=0.0)
                 target_mean = tl.load(means + d + feature, feature < d, other=0.0)
                 squares_of_means += (source_mean - target_mean) * (source_mean - target_mean)
-            distance = tl.sum(squares_of_means, 0) / d.to(tl.float64)
+            distance = tl.sum(squares_of_means, 0) / d.to(tl.float64) * weight
             tl.store(mean_distances + pair, distance.to(losses.dtype.element_ty))
 
 
@@ -508,6 +513,7 @@ def careful_loss_kernel(
     num_features,
     chunk,
     programs,
+    weights,
     total,
     correction,
     LAYERS: tl.constexpr,
@@ -538,7 +544,7 @@ def careful_loss_kernel(
         target_weight = 1.0 / (t - correction).to(tl.float64)
         workers = total // LAYERS
         squares = tl.zeros((), tl.float64)
-        for step in range(0, tl.cdiv(num_tiles(s, t, d, BLOCK, "difference") - local, workers)):
+        for step in range(0, tl.cdiv(num_tiles(s, t, d, d < 0, BLOCK) - local, workers)):
             row, column = triangle(local + step * workers)
             of_source = scatter_tile(
                 row,
@@ -586,5 +592,5 @@ def careful_loss_kernel(
         terms += pair * workers
         tl.store(terms + local, squares)
         if is_last(counters + 2 * pair + 1, workers):
-            norm = ordered_sum(terms, workers, 1)
+            norm = ordered_sum(terms, workers, 1) * weight_of(layer, weights, LAYERS)
             tl.store(losses + pair, (norm / scale_divisor(d, SCALE)).to(losses.dtype.element_ty))
