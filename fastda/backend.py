@@ -1,12 +1,13 @@
 """Which backend serves which op, and every switch that decides it.
 
 ======================  ==============================================================================================
-`fastda.use_backend`    "auto" (by device, the default), "reference" or "cpp"; a context manager too
+`fastda.use_backend`    "auto" (by device, the default), "reference", "cpp" or "triton"; a context manager too
 `FASTDA_BACKEND`        the same, from the environment, read when fastda is imported
 ======================  ==============================================================================================
 
-Both concern the ops that have a kernel; the others are the reference under every setting. At installation
-`FASTDA_NO_KERNELS=1` leaves the compiled core out.
+Both concern the ops that have a kernel in that backend; the others are the reference. At installation
+`FASTDA_NO_KERNELS=1` leaves the compiled core out. `TRITON_INTERPRET=1`, Triton's own switch, set before Triton is imported,
+runs its kernels on CPU tensors, slowly: for tests.
 """
 
 from __future__ import annotations
@@ -19,28 +20,32 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .kernels import cpp
+from .kernels import cpp, launchers
 
-BACKENDS = ("auto", "reference", "cpp")
+BACKENDS = ("auto", "reference", "cpp", "triton")
 
 KERNELS = {
     "cpp": ("coral_loss", "covariance", "deep_coral_loss", "gradient_reversal", "prototypical_loss"),
+    "triton": ("coral_loss", "covariance", "deep_coral_loss"),
 }
 """Ops with a kernel of their own, by backend; every other op is the reference re-exported, under every setting."""
 
-DEVICES = {"cpp": "cpu"}
-"""The device that a backend serves."""
+DEVICES = {"cpp": "cpu", "triton": "cuda"}
+"""The device that a backend serves; Triton's interpreter serves the CPU."""
 
 _logger = logging.getLogger("fastda")
 _told: set[tuple[str, str]] = set()
 _requested = os.environ.get("FASTDA_BACKEND", "auto")
+_ready: str | None = "auto"  # the request that has been checked
+_interpreter: torch.library.Library | None = None  # while it lives, Triton's launchers serve the CPU
 
 
 class use_backend:
     """Choose the backend of all ops, process-wide: `fastda.use_backend("reference")`, or for a while, in a `with` block.
 
     Args:
-        name: "auto" chooses by device; "reference" is plain PyTorch everywhere; "cpp" the compiled core, on CPU tensors.
+        name: "auto" chooses by device; "reference" is plain PyTorch everywhere; "cpp" the compiled core, on CPU tensors;
+            "triton" the Triton kernels, on CUDA tensors (and on CPU tensors where TRITON_INTERPRET=1 is set).
 
     Raises:
         ValueError: an unknown name.
@@ -59,13 +64,21 @@ class use_backend:
         self.__enter__()
 
     def __enter__(self) -> use_backend:
-        global _requested
-        _requested = self._name
+        _choose(self._name)
         return self
 
     def __exit__(self, *exception) -> None:
-        global _requested
-        _requested = self._before
+        _choose(self._before)
+
+
+def _choose(name: str) -> None:
+    """Make a backend, which can be had, the one that serves."""
+    global _requested, _ready, _interpreter
+    if name != "triton":
+        _interpreter = None
+    elif _interpreter is None and launchers.interpreted():
+        _interpreter = launchers.serve_cpu()
+    _requested = _ready = name
 
 
 def requested() -> str:
@@ -88,30 +101,58 @@ def serve(op: str, x: Tensor) -> str:
         if reason and not torch.compiler.is_compiling():
             _tell(op, device, reason)
         return backend
-    check_requested()
-    if device != DEVICES[_requested]:
+    if _ready != _requested:
+        check_requested()
+        _choose(_requested)
+    if op not in KERNELS[_requested]:
+        _tell(op, device, f"the backend {_requested} has no kernel of it")
+        return "reference"
+    if device not in _devices(_requested):
+        interpreter = ", set TRITON_INTERPRET=1 before Triton is imported" * (_requested == "triton" and device == "cpu")
         raise RuntimeError(
-            f"{op}: backend {_requested!r} was asked for and serves {DEVICES[_requested]} tensors, got one on {x.device}; "
-            f'move it, or choose fastda.use_backend("auto")'
+            f"{op}: backend {_requested!r} was asked for and serves {' and '.join(_devices(_requested))} tensors, got one on "
+            f'{x.device}; move it{interpreter}, or choose fastda.use_backend("auto")'
         )
     return _requested
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    """What a backend serves, as things stand."""
+    return (DEVICES[backend],) if _interpreter is None else ("cpu",)
 
 
 def _check(argument: str, name: str) -> None:
     """Raise unless the backend of that name is known and can be had."""
     if name not in BACKENDS:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    if name == "cpp" and not cpp.status.available:
-        raise RuntimeError(f"{argument}: backend 'cpp' cannot be had: the compiled core is {cpp.status.reason}")
+    reason = _reason_absent(name)
+    if reason:
+        raise RuntimeError(f"{argument}: backend {name!r} cannot be had: {reason}")
+
+
+def _reason_absent(backend: str) -> str:
+    """Why a backend cannot be had on this machine; empty if it can."""
+    if backend in DEVICES and not cpp.status.available:
+        derivatives = " (it carries the derivatives of all fused ops)" * (backend != "cpp")
+        return f"the compiled core{derivatives} is {cpp.status.reason}"
+    if backend == "triton":
+        if launchers.ABSENT:
+            return launchers.ABSENT
+        if not torch.cuda.is_available() and not launchers.interpreted():
+            return "there is no CUDA device; to run on the CPU, slowly, set TRITON_INTERPRET=1 before Triton is imported"
+    return ""
 
 
 def _automatic(op: str, device: str) -> tuple[str, str]:
     """The backend of `op` on a device, and why it is not a kernel where it is not."""
-    if device != "cpu":
+    backend = next((name for name, served in DEVICES.items() if served == device and op in KERNELS[name]), None)
+    if backend is None:
         return "reference", f"no kernel for {device} yet"
     if not cpp.status.available:
         return "reference", f"the compiled core is {cpp.status.reason}"
-    return "cpp", ""
+    if backend == "triton" and launchers.ABSENT:
+        return "reference", launchers.ABSENT
+    return backend, ""
 
 
 def _tell(op: str, device: str, reason: str) -> None:
@@ -133,15 +174,25 @@ class OpService:
 def serving(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[OpService]:
     """Which backend serves which op, as things stand."""
     rows = []
+    absent = _reason_absent(_requested)
+    if _requested in BACKENDS and not absent:
+        _choose(_requested)
     for op in reference.__all__:
         for device in devices:
-            if op not in KERNELS["cpp"]:
+            if not any(op in kernels for kernels in KERNELS.values()):
                 row = "reference", "no kernel of its own yet"
             elif _requested == "reference":
                 row = "reference", "asked for"
-            elif _requested in DEVICES and device != DEVICES[_requested]:
-                row = "none", f"{_requested} was asked for, and serves {DEVICES[_requested]} tensors alone"
-            else:
+            elif _requested not in DEVICES:
                 row = _automatic(op, device)
+            elif op not in KERNELS[_requested]:
+                row = "reference", f"{_requested} was asked for, and has no kernel of it"
+            elif absent:
+                row = "none", f"{_requested} was asked for, and cannot be had: {absent}"
+            elif device not in _devices(_requested):
+                served = " and ".join(_devices(_requested))
+                row = "none", f"{_requested} was asked for, and serves {served} tensors alone"
+            else:
+                row = _requested, ""
             rows.append(OpService(op, device, *row))
     return rows

@@ -13,6 +13,10 @@ TOPICS = {"coral_layers": "coral", "coral_loss": "coral", "covariance": "covaria
 """Ops with Triton kernels, forward and backward, and the module of fastda.kernels.triton that launches them."""
 
 
+ABSENT = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+"""Why Triton cannot be had, and the cure; empty if it can."""
+
+
 def serves(op: str) -> bool:
     return op.removesuffix("_backward") in TOPICS
 
@@ -27,14 +31,9 @@ def launcher(op: str) -> Callable:
     return launch
 
 
-def reason_absent() -> str:
-    """Why Triton cannot be had, and the cure; empty if it can."""
-    return "" if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
-
-
 def interpreted() -> bool:
     """Whether the kernels run under Triton's interpreter, and so on CPU tensors."""
-    if reason_absent():
+    if ABSENT:
         return False
     from triton import JITFunction
 
@@ -44,10 +43,10 @@ def interpreted() -> bool:
 
 
 def serve_cpu() -> torch.library.Library:
-    """Let the launchers serve CPU tensors too, as long as the result is kept: the kernels in C++ stand behind them."""
+    """Let the launchers serve CPU tensors as well, for as long as the result is kept; the C++ kernels stand behind them."""
     library = torch.library.Library("fastda", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is overridden
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # of overridden kernels
         for topic in TOPICS:
             for op in (topic, f"{topic}_backward"):
                 library.impl(op, launcher(op), "CPU", allow_override=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels import launchers
 from ..reference.precision import no_autocast
 
 library = torch.library.Library("fastda", "DEF")
@@ -39,6 +40,8 @@ def define(schema: str, fake: Callable) -> Callable:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
     op = getattr(torch.ops.fastda, name).default
+    if launchers.serves(name):
+        library.impl(name, launchers.launcher(name), "CUDA")
     torch.library.register_fake(f"fastda::{name}", fake, lib=library)
     torch.library.register_vmap(f"fastda::{name}", _batch_rule(op), lib=library)
     return op
