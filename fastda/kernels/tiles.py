@@ -16,6 +16,9 @@ EXACT_WORK = 2**28
 HALF_WORK = 2**30
 """Samples × features² from which half-precision features are multiplied as such, centred and rounded to their dtype."""
 
+FUSED_MEANS = 256
+"""Samples up to which each program takes the means that it needs itself: less than a launch for them costs."""
+
 MOST_CHUNKS = 64
 ABSENT_MULTIPROCESSORS = 132
 """Of an H200: on the meta device, where launches are only looked at."""

@@ -9,7 +9,54 @@ from pathlib import Path
 
 import pytest
 
+import fastda
+from fastda.kernels import tiles
+
 HERE = Path(__file__).parent
+
+
+def _forget_plans():
+    from fastda.kernels.triton import problem
+
+    problem.plan_forward.cache_clear()
+    problem.plan_backward.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def on_triton():
+    with fastda.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def heuristic(monkeypatch):
+    """A function that sets a threshold of fastda.kernels.tiles for the time of the test."""
+
+    def set_(name, value):
+        monkeypatch.setattr(tiles, name, value)
+        _forget_plans()
+
+    yield set_
+    monkeypatch.undo()
+    _forget_plans()
+
+
+@pytest.fixture
+def checked_products(heuristic):
+    """No Gram matrix is small enough for float64 at once: float32, and float64 only where it cancels."""
+    heuristic("EXACT_WORK", 0)
+
+
+@pytest.fixture
+def separate_means(heuristic):
+    """The means have a launch of their own, however few the samples."""
+    heuristic("FUSED_MEANS", 0)
+
+
+@pytest.fixture
+def half_products(heuristic):
+    """Any number of samples is enough for half-precision products."""
+    heuristic("HALF_WORK", 0)
 
 
 def pytest_collection_modifyitems(items):

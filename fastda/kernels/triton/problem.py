@@ -172,7 +172,7 @@ def plan_forward(
     side = blocks.rows
     tile_counts = [layer.num_tiles(side) for layer in layers]
     total = batch * sum(tile_counts)
-    fused_means = not half and all(layer.num_samples <= 256 for layer in layers)
+    fused_means = not half and all(layer.num_samples <= tiles.FUSED_MEANS for layer in layers)
     chunks = []
     for layer in layers:
         length = layer.num_features if layer.gram else max(layer.num_source, layer.num_target)
