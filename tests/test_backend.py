@@ -58,7 +58,7 @@ def test_the_reference_really_runs(monkeypatch):
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match=r"^name: expected one of 'auto', 'reference', 'cpp', got 'cuda'"):
+    with pytest.raises(ValueError, match=r"^name: expected one of 'auto', 'reference', 'cpp', 'triton', got 'cuda'"):
         fastda.use_backend("cuda")
     assert backend.requested() == "auto"
 
@@ -107,4 +107,4 @@ def test_the_environment_variable_chooses():
 
 def test_an_unknown_environment_variable_is_named_at_the_first_op():
     process = run("fast", "import torch, fastda; fastda.coral_loss(torch.eye(3), torch.eye(3))")
-    assert "ValueError: FASTDA_BACKEND: expected one of 'auto', 'reference', 'cpp', got 'fast'" in process.stderr
+    assert "ValueError: FASTDA_BACKEND: expected one of 'auto', 'reference', 'cpp', 'triton', got 'fast'" in process.stderr
