@@ -1,23 +1,33 @@
 """What a Triton kernel takes of a GPU, without the GPU: compiled to machine code, its registers, spills, shared memory and
 matrix instructions are read back.
 
-Not under TRITON_INTERPRET=1, which replaces the kernels by Python.
+    python -m fastda.benchmarks.triton_resources --output bench/results/triton-resources.json
+
+compiles the kernels at the block sizes that the cases choose. Not under TRITON_INTERPRET=1, which replaces the kernels by
+Python.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels.triton import problem
+from ..kernels.triton import coral, covariance, problem
+from .cases import CPU_CASES, GPU_CASES, Case
+from .record import write
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -118,6 +128,38 @@ def launches(call: Callable, *arguments: object) -> list[Launch]:
     return found
 
 
+SERVED = {
+    "coral_loss": (coral.coral_loss, coral.coral_loss_backward),
+    "covariance": (covariance.covariance, covariance.covariance_backward),
+}
+CONSTANTS = {"coral_loss": (1, "paper"), "covariance": (1,)}
+LAYERS = "deep coral, layers of 256, 512 and 64 features"
+
+
+def served_cases() -> dict[str, Case | None]:
+    """The cases whose op has Triton kernels, by name, and one call of several layers, which is no case."""
+    return {case.name: case for case in (*GPU_CASES, *CPU_CASES) if case.op in SERVED} | {LAYERS: None}
+
+
+def launches_of(case: Case | None) -> list[Launch]:
+    """Forward and backward, with gradients for all inputs."""
+    if case is None:
+        num_samples, num_features = [64] * 3, [256, 512, 64]
+        features = torch.empty(2 * sum(64 * d for d in num_features), device="meta")
+        tensors, constants = (features,), (num_samples, num_samples, num_features, [1.0] * 3, 1, "paper")
+        forward, backward = coral.coral_layers, coral.coral_layers_backward
+    else:
+        tensors = case.make(case.sizes, lambda *shape: torch.empty(shape, dtype=case.dtype, device="meta"), None)
+        constants, (forward, backward) = CONSTANTS[case.op], SERVED[case.op]
+    results = forward(*tensors, *constants)
+    values = 1 if case is not None and case.op == "covariance" else 2
+    grads, saved = results[:values], results[values:]
+    return [
+        *launches(forward, *tensors, *constants),
+        *launches(backward, *grads, *tensors, *saved, *constants, *(True for _ in tensors)),
+    ]
+
+
 def _described(kernel, programs: int, arguments: tuple, constants: dict[str, object]) -> Launch:
     """As Triton's own launcher would: integers that are 1 become constants, multiples of 16 are known to be."""
     signature: dict[str, object] = {}
@@ -160,3 +202,39 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 def _amd_usage(assembly: str) -> tuple[int, int]:
     usage = dict(re.findall(r"\.((?:vgpr|sgpr)(?:_spill)?_count):\s*(\d+)", assembly))
     return int(usage["vgpr_count"]), int(usage["vgpr_spill_count"]) + int(usage["sgpr_spill_count"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastda.benchmarks.triton_resources", description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="parts of names; default all")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--precision", choices=("highest", "high"), default="highest", help="of float32 products")
+    parser.add_argument("--output", type=Path, help="a JSON file for the record")
+    options = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision(options.precision)
+    rows, seen = [], set()
+    for name, case in served_cases().items():
+        if options.cases and not any(part in name for part in options.cases):
+            continue
+        for launch in launches_of(case):
+            kind = (launch.name, str(launch.signature), str(launch.constants), launch.aligned, str(launch.options))
+            for target in options.targets if kind not in seen else ():
+                row = {"case": name, "kernel": launch.name, "programs": launch.programs, **launch.options}
+                row |= {part: value for part, value in launch.constants.items() if part.startswith(("BLOCK", "WIDTH"))}
+                row |= dataclasses.asdict(launch.resources(target))
+                rows.append(row)
+                print(_line(row), flush=True)
+            seen.add(kind)
+    if options.output:
+        write({"triton": triton.__version__, "precision": options.precision, "kernels": rows}, options.output)
+    return 1 if any(row["spills"] for row in rows) else 0
+
+
+def _line(row: dict[str, object]) -> str:
+    used = f"{row['registers']} registers, {row['spills']} spilled, {row['shared_bytes']} bytes shared"
+    instructions = ", ".join(row["matrix_instructions"]) or "no matrix instruction"
+    return f"{row['case']}: {row['kernel']}, {row['programs']} programs, {row['target']}: {used}; {instructions}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

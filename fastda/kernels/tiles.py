@@ -66,16 +66,16 @@ def products(side: int, half: bool, several: bool) -> Blocks:
     if half:
         return Blocks(128, 128, 64, 8, 3)
     if side <= 128 or several:
-        return Blocks(32, 32, 16, 4, 2)
-    return Blocks(64, 64, 16, 8, 2)
+        return Blocks(32, 32, 16, 4, 3)
+    return Blocks(64, 64, 16, 8, 3)
 
 
 def gradient(num_samples: int, half: bool) -> Blocks:
     if half:
         return Blocks(128, 128, 64, 8, 3)
     if num_samples <= 128:
-        return Blocks(32, 64, 16, 4, 2)
-    return Blocks(64, 64, 16, 8, 2)
+        return Blocks(32, 64, 16, 4, 3)
+    return Blocks(64, 64, 16, 8, 3)
 
 
 def careful(side: int = 32) -> Blocks:

@@ -115,6 +115,14 @@ def test_domains_that_nearly_agree(noise, products, request):
         assert (g - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_domains_that_nearly_agree(dtype):
+    arguments = CORAL.arguments(Draw(Sizes(samples=9, others=9, features=40), dtype))
+    arguments["target"] = arguments["source"].clone()
+    arguments["target"][0] *= 1.5
+    check(CORAL, arguments)
+
+
 @pytest.mark.parametrize("noise", [1e-3, 1e-8])
 def test_float64_domains_that_nearly_agree(noise):
     """Truth from Cs − Ct = UᵀV + VᵀU with U = Xs − Xt and V = (Xs + Xt)/2, centred, which does not cancel."""

@@ -361,7 +361,7 @@ def gradient_kernel(
                         exact, gram_rows, within_rows, side, s, target, target_row, target_column, mean + d, t,
                         columns, within_columns, tl.float64, "ieee", BLOCK, WIDTH, 16,
                     )  # fmt: skip
-                    result = (exact_s * ratio - exact_t) * (coefficient * target_weight)
+                    result = ((exact_s * ratio - exact_t) * (coefficient * target_weight)).to(DTYPE)
                     store_gradient(out, result, rows, within_rows, columns, within_columns, mean, pull, d, COVARIANCE)
     if ROUTE != "gram":
         if not gram:

@@ -426,11 +426,11 @@ def total_kernel(
         x += BLOCK * BLOCK
 
     source_weight = 1.0 / (s - correction).to(tl.float64)
-    target_weight = 1.0 / (t - correction).to(tl.float64)
     if COVARIANCE:
-        target_weight, ratio = source_weight, 1.0
+        target_weight = source_weight
     else:
-        ratio = source_weight / target_weight
+        target_weight = 1.0 / (t - correction).to(tl.float64)
+    ratio = source_weight / target_weight
     ratio, target_weight = tl.where(gram, 1.0, ratio), tl.where(gram, 1.0, target_weight)
     if HALVED:
         target_weight *= 4.0
