@@ -105,7 +105,3 @@ def chunk(length: int, tiles: int, depth: int, half: bool, device: torch.device)
     parts = min(range(1, most + 1), key=lambda n: -(-tiles * n // slots) / n + traffic * n)
     return -(-(-(-length // parts)) // depth) * depth or depth
 
-
-def alignment(*sizes: int) -> int:
-    """The largest of 16, 8, 4, 2, 1 that divides all of them."""
-    return next(step for step in (16, 8, 4, 2, 1) if all(size % step == 0 for size in sizes))

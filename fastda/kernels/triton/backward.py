@@ -75,7 +75,8 @@ def backward(
         total,
         correction,
         LAYERS=sizes.count,
-        FLAT=domains.flat,
+        FLAT=read.flat,
+        CONTIGUOUS=read.contiguous,
         ROUTE=sizes.route,
         COVARIANCE=covariance,
         SCALE=scale,
@@ -90,7 +91,7 @@ def backward(
         BLOCK=blocks.rows,
         WIDTH=blocks.columns,
         BLOCK_K=blocks.depth,
-        ALIGN=sizes.align,
+        ALIGN=read.alignment(sizes),
         **blocks.options,
     )
 
@@ -122,11 +123,13 @@ def careful_gram(domains, means, products, plan, correction, needs) -> tuple[Ten
         correction,
         LAYERS=sizes.count,
         FLAT=domains.flat,
+        CONTIGUOUS=domains.contiguous,
         ROUTE=sizes.route,
         NEED_SOURCE=needs[0],
         NEED_TARGET=needs[1],
         BLOCK=blocks.rows,
         BLOCK_K=blocks.depth,
+        ALIGN=domains.alignment(sizes),
         **blocks.options,
     )
     return exact, cancelled

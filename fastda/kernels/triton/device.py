@@ -10,6 +10,7 @@ Each layer goes one of two routes. "gram": products of samples with samples, the
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 
@@ -20,6 +21,44 @@ import triton.language as tl
 def packed(size: int) -> int:
     """Triton specialises kernels on integers in tuples that are 1 or multiples of 16. This is never either."""
     return 16 * size + 3
+
+
+kernel = functools.partial(
+    triton.jit,
+    do_not_specialize=(
+        "num_source", "num_target", "num_features", "total", "pairs", "correction",
+        "source_batch", "target_batch", "source_row", "target_row", "source_column", "target_column",
+        "means_batch", "partials_batch", "products_batch", "tiles_batch", "cancelled_batch",
+        "grad_batch", "grad_layer", "grad_mean_batch", "grad_mean_layer", "out_source_batch", "out_target_batch",
+    ),
+)  # fmt: skip
+"""A kernel that is compiled anew for no size and no stride: ALIGN and CONTIGUOUS say what helps to know of them."""
+
+
+@triton.jit
+def locate(
+    source,
+    target,
+    source_batch,
+    target_batch,
+    source_row,
+    target_row,
+    batch,
+    features,
+    s,
+    d,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Where the two domains of a layer begin, and the strides of their rows."""
+    source += batch * tl.multiple_of(source_batch.to(tl.int64), ALIGN) + features
+    if FLAT:
+        row = tl.multiple_of(d.to(tl.int64), ALIGN)
+        return source, source + s * row, row, row
+    else:
+        target += batch * tl.multiple_of(target_batch.to(tl.int64), ALIGN)
+        source_row = tl.multiple_of(source_row.to(tl.int64), ALIGN)
+        return source, target, source_row, tl.multiple_of(target_row.to(tl.int64), ALIGN)
 
 
 @triton.jit

@@ -47,11 +47,12 @@ def means_and_counters(domains: Domains, plan: ForwardPlan) -> tuple[Tensor, Ten
         sizes.batch,
         LAYERS=sizes.count,
         FLAT=domains.flat,
+        CONTIGUOUS=domains.contiguous,
         SPLITS=splits,
         DOMAINS=domain_count,
         ROWS=blocks.rows,
         COLUMNS=blocks.columns,
-        ALIGN=sizes.align,
+        ALIGN=domains.alignment(sizes),
         **blocks.options,
     )
     return means, counters
@@ -90,7 +91,8 @@ def forward(
         counts,
         total,
         LAYERS=sizes.count,
-        FLAT=domains.flat,
+        FLAT=read.flat,
+        CONTIGUOUS=read.contiguous,
         ROUTE=sizes.route,
         FUSED_MEANS=plan.fused_means,
         CENTRED=plan.half,
@@ -99,7 +101,7 @@ def forward(
         PRECISION=precision(),
         BLOCK=blocks.rows,
         BLOCK_K=blocks.depth,
-        ALIGN=sizes.align,
+        ALIGN=read.alignment(sizes),
         **blocks.options,
     )
     counts, total = plan.total_programs
@@ -172,8 +174,10 @@ def careful_loss(domains, plan, means, counters, losses, cancelled, correction, 
         correction,
         LAYERS=sizes.count,
         FLAT=domains.flat,
+        CONTIGUOUS=domains.contiguous,
         SCALE=scale,
         BLOCK=blocks.rows,
         BLOCK_K=blocks.depth,
+        ALIGN=domains.alignment(sizes),
         **blocks.options,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import centre, find_layer, goes_gram, scale_divisor, weight_of
+from .device import centre, find_layer, goes_gram, kernel, locate, scale_divisor, weight_of
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def domain_of(block, s, t, BLOCK: tl.constexpr, NEED_SOURCE: tl.constexpr):
     return of_target, tl.where(of_target, block - of_source, block)
 
 
-@triton.jit(do_not_specialize=["total", "correction"])
+@kernel
 def careful_gram_kernel(
     source,
     target,
@@ -42,11 +42,13 @@ def careful_gram_kernel(
     correction,
     LAYERS: tl.constexpr,
     FLAT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     ROUTE: tl.constexpr,
     NEED_SOURCE: tl.constexpr,
     NEED_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """The Gram matrix again, in float64, for those samples whose similarities to the two domains cancel."""
     program = tl.program_id(0)
@@ -85,19 +87,16 @@ def careful_gram_kernel(
     )
     if other == 0:
         tl.store(cancelled + place_of_flag + block, flag)
-    if FLAT:
-        source_row, target_row = d, d
+    source, target, source_row, target_row = locate(
+        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
+    )
+    if CONTIGUOUS:
         source_column, target_column = 1, 1
-        source += batch * source_batch + features
-        target += batch * target_batch + features + s.to(tl.int64) * d
-    else:
-        source += batch * source_batch
-        target += batch * target_batch
     if flag != 0:
-        mean = means + batch * means_batch + first_mean
+        mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
         a, b = tl.where(target_a, target, source), tl.where(target_b, target, source)
-        row_a = tl.where(target_a, target_row, source_row).to(tl.int64)
-        row_b = tl.where(target_b, target_row, source_row).to(tl.int64)
+        row_a = tl.where(target_a, target_row, source_row)
+        row_b = tl.where(target_b, target_row, source_row)
         column_a = tl.where(target_a, target_column, source_column)
         column_b = tl.where(target_b, target_column, source_column)
         result = tl.zeros((BLOCK, BLOCK), tl.float64)
@@ -228,7 +227,7 @@ def store_gradient(
     tl.store(out, result.to(out.dtype.element_ty), within_rows[:, None] & within_columns[None, :])
 
 
-@triton.jit(do_not_specialize=["total", "correction"])
+@kernel
 def gradient_kernel(
     grad_losses,  # (batch, layers); not read where COVARIANCE
     grad_mean_distances,  # (batch, layers); not read where COVARIANCE
@@ -265,6 +264,7 @@ def gradient_kernel(
     correction,
     LAYERS: tl.constexpr,
     FLAT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     ROUTE: tl.constexpr,
     COVARIANCE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -297,22 +297,21 @@ def gradient_kernel(
     within_rows = rows < count
     columns = column * WIDTH + tl.arange(0, WIDTH)
     within_columns = columns < d
-    if FLAT:
-        source_row, target_row = d, d
+    source, target, source_row, target_row = locate(
+        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
+    )
+    if CONTIGUOUS:
         source_column, target_column = 1, 1
-        source += batch * source_batch + features
-        target += batch * target_batch + features + s.to(tl.int64) * d
-        grad_source += batch * out_source_batch + features
-        grad_target += batch * out_target_batch + features + s.to(tl.int64) * d
-    else:
-        source += batch * source_batch
-        target += batch * target_batch
-        grad_source += batch * out_source_batch
-        grad_target += batch * out_target_batch
-    mean = means + batch * means_batch + first_mean
+    grad_source += batch * tl.multiple_of(out_source_batch.to(tl.int64), ALIGN) + features
+    grad_target += batch * tl.multiple_of(out_target_batch.to(tl.int64), ALIGN) + features
+    if FLAT:
+        grad_target += s.to(tl.int64) * d
+    mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
+    if ROUTE == "difference":
+        products_batch = tl.multiple_of(products_batch.to(tl.int64), ALIGN)
     products += batch * products_batch + first_product
     x = tl.where(of_target, target, source)
-    row_stride = tl.where(of_target, target_row, source_row).to(tl.int64)
+    row_stride = tl.where(of_target, target_row, source_row)
     column_stride = tl.where(of_target, target_column, source_column)
     out = tl.where(of_target, grad_target, grad_source)
 

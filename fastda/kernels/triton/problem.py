@@ -60,11 +60,21 @@ class Domains:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of batch, row and column; source and target in turn. Flat layers have rows of their own width."""
-        if self.flat:
-            return self.source.stride(0), self.target.stride(0), 0, 0, 1, 1
+        """Of batch, row and column, source and target in turn; flat layers have rows of their own width."""
         s, t = self.source.stride(), self.target.stride()
-        return s[0], t[0], s[1], t[1], s[2], t[2]
+        batched = self.source.shape[0] > 1  # else any stride is as good
+        if self.flat:
+            return s[0] * batched, t[0] * batched, 0, 0, 1, 1
+        return s[0] * batched, t[0] * batched, s[1], t[1], s[2], t[2]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether features are next to each other."""
+        return self.strides[-2:] == (1, 1)
+
+    def alignment(self, sizes: Sizes) -> int:
+        """16 if all widths and strides are multiples of it, else 1: kernels are compiled for no other distinction."""
+        return 1 if any(stride % 16 for stride in self.strides[:4]) else sizes.align
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class Sizes:
         self.num_samples = max(layer.num_samples for layer in layers)
         self.means = sum(layer.domains * layer.num_features for layer in layers)
         self.products = sum(layer.side**2 for layer in layers)
-        self.align = tiles.alignment(*(layer.num_features for layer in layers))
+        self.align = 1 if any(layer.num_features % 16 for layer in layers) else 16
         self.packed = tuple(
             tuple(packed(getattr(layer, name)) for layer in layers)
             for name in ("num_source", "num_target", "num_features")
@@ -264,8 +274,9 @@ def centred_copy(domains: Domains, means: Tensor, sizes: Sizes) -> Domains:
         layer.num_features,
         ROWS=blocks.rows,
         COLUMNS=blocks.columns,
+        CONTIGUOUS=domains.contiguous,
         HALVE=like.dtype == torch.float16,
-        ALIGN=sizes.align,
+        ALIGN=domains.alignment(sizes),
         **blocks.options,
     )
     return Domains(centred[:, : layer.num_source], centred[:, layer.num_source :], False)

@@ -11,6 +11,8 @@ from .device import (
     find_layer,
     goes_gram,
     is_last,
+    kernel,
+    locate,
     num_chunks,
     num_tiles,
     ordered_sum,
@@ -20,7 +22,7 @@ from .device import (
 )
 
 
-@triton.jit(do_not_specialize=["total", "pairs"])
+@kernel
 def means_kernel(
     source,  # (batch, Ns, D)
     target,  # (batch, Nt, D)
@@ -43,6 +45,7 @@ def means_kernel(
     pairs,
     LAYERS: tl.constexpr,
     FLAT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     SPLITS: tl.constexpr,
     DOMAINS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -62,13 +65,13 @@ def means_kernel(
     of_target = block % DOMAINS == 1
     columns = block // DOMAINS * COLUMNS + tl.arange(0, COLUMNS)
     within = columns < d
-    if FLAT:
-        row_stride, column_stride = tl.multiple_of(d.to(tl.int64), ALIGN), 1
-        x = source + batch * source_batch + features + tl.where(of_target, s, 0).to(tl.int64) * d
-    else:
-        row_stride = tl.where(of_target, target_row, source_row).to(tl.int64)
-        column_stride = tl.where(of_target, target_column, source_column)
-        x = tl.where(of_target, target + batch * target_batch, source + batch * source_batch)
+    source, target, source_row, target_row = locate(
+        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
+    )
+    if CONTIGUOUS:
+        source_column, target_column = 1, 1
+    x = tl.where(of_target, target, source)
+    row_stride, column_stride = tl.where(of_target, target_row, source_row), tl.where(of_target, target_column, source_column)
     count = tl.where(of_target, t, s)
     out = batch * means_batch + first_mean + tl.where(of_target, d, 0) + columns
     if SPLITS == 1:
@@ -89,7 +92,7 @@ def means_kernel(
             tl.store(means + out, sum_ / count.to(tl.float64), within)
 
 
-@triton.jit(do_not_specialize=["num_source", "num_target", "num_features"])
+@kernel
 def centre_kernel(
     source,
     target,
@@ -107,6 +110,7 @@ def centre_kernel(
     num_features,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     HALVE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -125,12 +129,16 @@ def centre_kernel(
     count = tl.where(of_target, num_target, num_source)
     rows = (tl.where(of_target, block - of_source, block) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = program % widths * COLUMNS + tl.arange(0, COLUMNS)
-    x = tl.where(of_target, target + batch * target_batch, source + batch * source_batch)
-    row_stride = tl.where(of_target, target_row, source_row).to(tl.int64)
-    column_stride = tl.where(of_target, target_column, source_column)
+    source, target, source_row, target_row = locate(
+        source, target, source_batch, target_batch, source_row, target_row, batch, 0, 0, num_features, False, ALIGN
+    )
+    if CONTIGUOUS:
+        source_column, target_column = 1, 1
+    x = tl.where(of_target, target, source)
+    row_stride, column_stride = tl.where(of_target, target_row, source_row), tl.where(of_target, target_column, source_column)
     mask = (rows < count)[:, None] & (columns < num_features)[None, :]
     values = tl.load(x + rows[:, None] * row_stride + columns[None, :].to(tl.int64) * column_stride, mask, other=0.0)
-    mean = means + batch * means_batch + tl.where(of_target, num_features, 0)
+    mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + tl.where(of_target, num_features, 0)
     mean = tl.load(mean + columns, columns < num_features, other=0.0)
     values = centre(values, mean[None, :], mask, tl.float32)
     if HALVE:
@@ -167,8 +175,8 @@ def gram_tile(
     of_source = (s + BLOCK - 1) // BLOCK
     target_a, target_b = row >= of_source, column >= of_source
     a, b = tl.where(target_a, target, source), tl.where(target_b, target, source)
-    row_a = tl.where(target_a, target_row, source_row).to(tl.int64)
-    row_b = tl.where(target_b, target_row, source_row).to(tl.int64)
+    row_a = tl.where(target_a, target_row, source_row)
+    row_b = tl.where(target_b, target_row, source_row)
     column_a = tl.where(target_a, target_column, source_column)
     column_b = tl.where(target_b, target_column, source_column)
     rows_a = tl.where(target_a, row - of_source, row) * BLOCK + tl.arange(0, BLOCK)
@@ -254,7 +262,7 @@ def scatter_tile(
     return result
 
 
-@triton.jit(do_not_specialize=["total"])
+@kernel
 def products_kernel(
     source,  # (batch, Ns, D), or all layers after one another where FLAT
     target,  # (batch, Nt, D)
@@ -277,6 +285,7 @@ def products_kernel(
     total,
     LAYERS: tl.constexpr,
     FLAT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     ROUTE: tl.constexpr,
     FUSED_MEANS: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -298,21 +307,18 @@ def products_kernel(
             counter = counters + (batch * LAYERS + layer) * 2
             tl.store(counter + tl.arange(0, 2), tl.zeros((2,), tl.int32))
     d = tl.multiple_of(d, ALIGN)
-    if FLAT:
-        source_row, target_row = d, d
+    source, target, source_row, target_row = locate(
+        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
+    )
+    if CONTIGUOUS:
         source_column, target_column = 1, 1
-        source += batch * source_batch + features
-        target += batch * target_batch + features + s.to(tl.int64) * d
-    else:
-        source += batch * source_batch
-        target += batch * target_batch
-    mean = means + batch * means_batch + first_mean
+    mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
     gram = goes_gram(s, t, d, ROUTE)
     chunks = num_chunks(s, t, d, gram, c)
     tile, part = local // chunks, local % chunks
     row, column = triangle(tile)
     index = tl.arange(0, BLOCK)
-    out = batch * partials_batch + (first_partial + local) * (BLOCK * BLOCK)
+    out = batch * tl.multiple_of(partials_batch.to(tl.int64), 16) + (first_partial + local) * (BLOCK * BLOCK)
     out = partials + out + index[:, None] * BLOCK + index[None, :]
     if ROUTE != "difference":
         if gram:
@@ -352,7 +358,7 @@ def products_kernel(
                 begin,
                 tl.minimum(begin + c, count),
                 tl.where(of_target, target, source),
-                tl.where(of_target, target_row, source_row).to(tl.int64),
+                tl.where(of_target, target_row, source_row),
                 tl.where(of_target, target_column, source_column),
                 mean + tl.where(of_target, d, 0),
                 count,
@@ -369,7 +375,7 @@ def products_kernel(
             tl.store(out, result)
 
 
-@triton.jit(do_not_specialize=["total", "correction"])
+@kernel
 def total_kernel(
     partials,
     means,
@@ -414,7 +420,7 @@ def total_kernel(
     chunks = num_chunks(s, t, d, gram, c)
     source_chunks = tl.where(gram, chunks, (s + c - 1) // c)
     first, index = part * SLICE + tl.arange(0, SLICE), tl.arange(0, BLOCK)
-    x = batch * partials_batch + (first_partial + tile.to(tl.int64) * chunks) * (BLOCK * BLOCK)
+    x = batch * tl.multiple_of(partials_batch.to(tl.int64), 16) + (first_partial + tile.to(tl.int64) * chunks) * (BLOCK * BLOCK)
     x = partials + x + first[:, None] * BLOCK + index[None, :]
     of_source = tl.zeros((SLICE, BLOCK), partials.dtype.element_ty)
     of_target = tl.zeros((SLICE, BLOCK), partials.dtype.element_ty)
@@ -492,7 +498,7 @@ def total_kernel(
             tl.store(mean_distances + pair, distance.to(losses.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["total", "correction"])
+@kernel
 def careful_loss_kernel(
     source,
     target,
@@ -518,9 +524,11 @@ def careful_loss_kernel(
     correction,
     LAYERS: tl.constexpr,
     FLAT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """The loss where the terms of the Gram matrix cancelled: from the difference of the covariances, in float64, which
     does not cancel. Elsewhere nothing is done."""
@@ -530,16 +538,13 @@ def careful_loss_kernel(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, "difference"
     )
     pair = batch * LAYERS + layer
-    if FLAT:
-        source_row, target_row = d, d
+    source, target, source_row, target_row = locate(
+        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
+    )
+    if CONTIGUOUS:
         source_column, target_column = 1, 1
-        source += batch * source_batch + features
-        target += batch * target_batch + features + s.to(tl.int64) * d
-    else:
-        source += batch * source_batch
-        target += batch * target_batch
     if tl.load(cancelled + pair) != 0:
-        mean = means + batch * means_batch + first_mean
+        mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
         source_weight = 1.0 / (s - correction).to(tl.float64)
         target_weight = 1.0 / (t - correction).to(tl.float64)
         workers = total // LAYERS
