@@ -1,10 +1,10 @@
-"""What a Triton kernel takes of a GPU, without the GPU: compiled to machine code, its registers, spills, shared memory and
-matrix instructions are read back.
+"""What a Triton kernel takes of a GPU, without the GPU: compiled to machine code, its registers, spills, shared memory
+and matrix instructions are read back.
 
     python -m fastda.benchmarks.triton_resources --output bench/results/triton-resources.json
 
-compiles the kernels at the block sizes that the cases choose. Not under TRITON_INTERPRET=1, which replaces the kernels by
-Python.
+compiles the kernels at the block sizes that the cases choose. Not under TRITON_INTERPRET=1, which replaces the
+kernels by Python.
 """
 
 from __future__ import annotations

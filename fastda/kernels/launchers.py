@@ -43,7 +43,7 @@ def interpreted() -> bool:
 
 
 def serve_cpu() -> torch.library.Library:
-    """Let the launchers serve CPU tensors as well, for as long as the result is kept; the C++ kernels stand behind them."""
+    """Let the launchers serve CPU tensors as well while the result is kept; the C++ kernels stand behind them."""
     library = torch.library.Library("fastda", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # of overridden kernels

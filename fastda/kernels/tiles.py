@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 EXACT_WORK = 2**28
-"""Samples² × features up to which a Gram matrix is taken in float64 at once: less than the launch that checks it costs."""
+"""Samples² × features up to which a Gram matrix is taken in float64 at once: it costs less than checking float32 ones."""
 
 HALF_WORK = 2**30
 """Samples × features² from which half-precision features are multiplied as such, centred and rounded to their dtype."""
@@ -66,7 +66,7 @@ def products(side: int, half: bool, several: bool) -> Blocks:
     if half:
         return Blocks(128, 128, 64, 8, 3)
     if side <= 128 or several:
-        return Blocks(32, 32, 16, 4, 3)
+        return Blocks(32, 32, 16, 8, 3)
     return Blocks(64, 64, 16, 8, 3)
 
 
@@ -104,4 +104,3 @@ def chunk(length: int, tiles: int, depth: int, half: bool, device: torch.device)
     most = max(1, min(MOST_CHUNKS, -(-length // depth)))
     parts = min(range(1, most + 1), key=lambda n: -(-tiles * n // slots) / n + traffic * n)
     return -(-(-(-length // parts)) // depth) * depth or depth
-

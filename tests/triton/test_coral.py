@@ -42,7 +42,7 @@ def calls(draw):
 
 
 @given(arguments=calls())
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_values_and_gradients(arguments):
     note(describe(arguments))
     check(CORAL, arguments)
@@ -241,7 +241,9 @@ def test_second_derivatives_and_vmap(sizes):
         return torch.autograd.grad(gradient.square().sum(), source)[0]
 
     assert_close(second(fastda), second(fastda.reference))
-    per_pair = [torch.func.vmap(torch.func.grad(module.coral_loss))(source, target) for module in (fastda, fastda.reference)]
+    per_pair = [
+        torch.func.vmap(torch.func.grad(module.coral_loss))(source, target) for module in (fastda, fastda.reference)
+    ]
     assert_close(*per_pair)
 
 

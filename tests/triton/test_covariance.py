@@ -22,7 +22,7 @@ def check(arguments):
 
 
 @given(arguments=calls(COVARIANCE, batches=((), (2,), (1, 2), (0,))))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_values_and_gradients(arguments):
     check(arguments)
 

@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not there, at the block sizes that the benchmarks' cases choose: nothing spills."""
+"""The kernels compiled for absent GPUs, at the block sizes that the benchmarks' cases choose: nothing spills."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from .problem import TRITON_DTYPES, BackwardPlan, Domains, accumulator, centred_
 ONE = in_parts([1.0])
 
 
-
 def backward(
     incoming: tuple[Tensor, Tensor],
     domains: Domains,
@@ -30,7 +29,8 @@ def backward(
 ) -> None:
     """Write the gradients that are needed into `grads`.
 
-    incoming: of losses and mean distances, each (batch, layers). grads: contiguous; the same tensor twice for flat layers.
+    incoming: of losses and mean distances, each (batch, layers).
+    grads: contiguous; the same tensor twice for flat layers.
     """
     sizes, blocks, like = plan.sizes, plan.blocks, domains.source
     dtype = accumulator(like.dtype)

@@ -144,7 +144,7 @@ def check_layers(features, num_source, num_target, num_features, weights, correc
     total = sum((s + t) * d for s, t, d in zip(num_source, num_target, num_features))
     if not len(num_source) == len(num_target) == len(num_features) == len(weights) > 0 or features.shape[-1] != total:
         raise ValueError(
-            f"features: expected {total} a batch element for layers of {list(num_source)} and {list(num_target)} samples of "
-            f"{list(num_features)} features, got shape {tuple(features.shape)}; flatten and join the layers"
+            f"features: expected {total} a batch element for layers of {list(num_source)} and {list(num_target)} samples "
+            f"of {list(num_features)} features, got shape {tuple(features.shape)}; flatten and join the layers"
         )
     return layers_of(num_source, num_target, num_features)

@@ -1,4 +1,4 @@
-"""The ops of the covariance on Triton: each function takes and gives what the op of torch.ops.fastda of its name does."""
+"""The covariance's ops on Triton: each function takes and gives what the op of torch.ops.fastda of its name does."""
 
 from __future__ import annotations
 

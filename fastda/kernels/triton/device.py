@@ -1,7 +1,8 @@
 """What the kernels of covariance and CORAL share on the device: where a program works, how it centres, how it finishes.
 
 One launch serves a batch of pairs of domains at one or several layers. The layers' sizes come as tuples of `packed`
-integers, one a layer, and are unpacked by a shift; a program finds its layer and the offsets of the layer's data by summing the sizes before it.
+integers, one a layer, and are unpacked by a shift; a program finds its layer and the offsets of the layer's data by
+summing the sizes before it.
 
 Each layer goes one of two routes. "gram": products of samples with samples, the sum running over features.
 "difference": products of features with features, the sum running over samples. ROUTE is the one all layers share, or

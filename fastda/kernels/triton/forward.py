@@ -140,7 +140,7 @@ def forward(
         HALVED=plan.half and like.dtype == torch.float16,
         BLOCK=blocks.rows,
         SLICE=plan.rows_of_total,
-        num_warps=4,
+        num_warps=8,
         num_stages=2,
         enable_fp_fusion=True,
     )

@@ -327,7 +327,8 @@ def gradient_kernel(
         signed = tl.where(of_target, -target_weight, source_weight)
         coefficient = 4.0 / scale_divisor(d, SCALE) * of_layer * incoming * signed
         pull = tl.load(grad_mean_distances + batch * grad_mean_batch + layer * grad_mean_layer)
-        pull = 2.0 * of_layer * pull.to(tl.float64) / (tl.where(of_target, -count, count).to(tl.float64) * d.to(tl.float64))
+        signed_count = tl.where(of_target, -count, count).to(tl.float64)
+        pull = 2.0 * of_layer * pull.to(tl.float64) / (signed_count * d.to(tl.float64))
 
     gram = goes_gram(s, t, d, ROUTE)
     if ROUTE != "difference":

@@ -1,4 +1,4 @@
-"""The plan of a call: routes, block sizes and sizes of buffers, from the shapes; kept for the next call of these shapes."""
+"""The plan of a call: routes, block sizes and sizes of buffers, from the shapes; kept for the next such call."""
 
 from __future__ import annotations
 
@@ -221,7 +221,8 @@ def plan_backward(
     layers: tuple[Layer, ...], batch: int, dtype: torch.dtype, flat: bool, needs: tuple[bool, bool]
 ) -> BackwardPlan:
     sizes = Sizes(layers, batch)
-    large = not flat and sizes.route == "difference" and dtype.itemsize == 2 and dense_work(layers, batch) >= tiles.HALF_WORK
+    dense = not flat and sizes.route == "difference"
+    large = dense and dtype.itemsize == 2 and dense_work(layers, batch) >= tiles.HALF_WORK
     half = large and dtype == torch.bfloat16
     blocks = tiles.gradient(sizes.num_samples, half)
     blocks_of_samples = [

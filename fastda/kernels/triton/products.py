@@ -71,7 +71,8 @@ def means_kernel(
     if CONTIGUOUS:
         source_column, target_column = 1, 1
     x = tl.where(of_target, target, source)
-    row_stride, column_stride = tl.where(of_target, target_row, source_row), tl.where(of_target, target_column, source_column)
+    row_stride = tl.where(of_target, target_row, source_row)
+    column_stride = tl.where(of_target, target_column, source_column)
     count = tl.where(of_target, t, s)
     out = batch * means_batch + first_mean + tl.where(of_target, d, 0) + columns
     if SPLITS == 1:
@@ -135,7 +136,8 @@ def centre_kernel(
     if CONTIGUOUS:
         source_column, target_column = 1, 1
     x = tl.where(of_target, target, source)
-    row_stride, column_stride = tl.where(of_target, target_row, source_row), tl.where(of_target, target_column, source_column)
+    row_stride = tl.where(of_target, target_row, source_row)
+    column_stride = tl.where(of_target, target_column, source_column)
     mask = (rows < count)[:, None] & (columns < num_features)[None, :]
     values = tl.load(x + rows[:, None] * row_stride + columns[None, :].to(tl.int64) * column_stride, mask, other=0.0)
     mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + tl.where(of_target, num_features, 0)
@@ -315,10 +317,12 @@ def products_kernel(
     mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
     gram = goes_gram(s, t, d, ROUTE)
     chunks = num_chunks(s, t, d, gram, c)
-    tile, part = local // chunks, local % chunks
+    tiles = num_tiles(s, t, d, gram, BLOCK)
+    part, tile = local // tiles, local % tiles  # programs that run together share what they read
     row, column = triangle(tile)
     index = tl.arange(0, BLOCK)
-    out = batch * tl.multiple_of(partials_batch.to(tl.int64), 16) + (first_partial + local) * (BLOCK * BLOCK)
+    place = first_partial + tile * chunks + part
+    out = batch * tl.multiple_of(partials_batch.to(tl.int64), 16) + place * (BLOCK * BLOCK)
     out = partials + out + index[:, None] * BLOCK + index[None, :]
     if ROUTE != "difference":
         if gram:
@@ -406,8 +410,8 @@ def total_kernel(
     BLOCK: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """Sums the chunks of some rows of a tile and stores them twice, for the matrix is symmetric. The last program of a pair
-    of domains sums the squares to the loss, and notes where the terms of the Gram matrix cancelled."""
+    """Sums the chunks of some rows of a tile and stores them twice, for the matrix is symmetric. The last program of a
+    pair of domains sums the squares to the loss, and notes where the terms of the Gram matrix cancelled."""
     SLICES: tl.constexpr = BLOCK // SLICE
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
@@ -420,7 +424,8 @@ def total_kernel(
     chunks = num_chunks(s, t, d, gram, c)
     source_chunks = tl.where(gram, chunks, (s + c - 1) // c)
     first, index = part * SLICE + tl.arange(0, SLICE), tl.arange(0, BLOCK)
-    x = batch * tl.multiple_of(partials_batch.to(tl.int64), 16) + (first_partial + tile.to(tl.int64) * chunks) * (BLOCK * BLOCK)
+    place = first_partial + tile.to(tl.int64) * chunks
+    x = batch * tl.multiple_of(partials_batch.to(tl.int64), 16) + place * (BLOCK * BLOCK)
     x = partials + x + first[:, None] * BLOCK + index[None, :]
     of_source = tl.zeros((SLICE, BLOCK), partials.dtype.element_ty)
     of_target = tl.zeros((SLICE, BLOCK), partials.dtype.element_ty)
@@ -465,7 +470,6 @@ def total_kernel(
         exact = result.to(tl.float64)
         squares = tl.sum(tl.sum(exact * exact, 1), 0)
         squares = tl.where(row == column, squares, 2.0 * squares)
-        weight_a, weight_b = tl.where(target_a, target_weight, source_weight), tl.where(target_b, target_weight, source_weight)
         if ROUTE != "difference":
             weight_a = 1.0 / (tl.where(target_a, t, s) - correction).to(tl.float64)
             weight_b = 1.0 / (tl.where(target_b, t, s) - correction).to(tl.float64)
