@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from ops_under_test import Draw, Sizes, each_module
 from torch.testing import assert_close
 
+import fastda
+import fastda.reference
+
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 draws = st.builds(
     lambda seed, n, d: Draw(Sizes(samples=n, features=d), torch.float64, seed).samples(n, mean=2.0),
@@ -62,3 +65,20 @@ def test_too_few_samples(module, count, correction):
     message = rf"^x: expected at least {correction + 1} samples \(correction \+ 1\), got {count};"
     with pytest.raises(ValueError, match=message):
         module.covariance(torch.ones(count, 3), correction=correction)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("samples, features", [(8, 700), (64, 300), (193, 301), (600, 128), (2000, 40)])
+def test_threads_share_samples_or_tiles(samples, features, threads):
+    """Many samples are divided among the threads, and of few the tiles of the result."""
+    draw = Draw(Sizes(samples=samples, features=features), torch.float64)
+    x, others = draw.samples(samples, mean=2.0), draw.samples(samples + 7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        covariance, loss = fastda.covariance(x), fastda.coral_loss(x, others)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(covariance, fastda.reference.covariance(x))
+    assert torch.equal(covariance, covariance.mT)
+    assert_close(loss, fastda.reference.coral_loss(x, others))

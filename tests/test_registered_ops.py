@@ -37,9 +37,10 @@ def covariance(sizes):
 
 def coral_layers(sizes):
     for dtype, scale in zip(DTYPES, ("paper", "sum", "mean")):
-        total = sizes.samples * sizes.features + sizes.others * sizes.features + 3 * 6 + 2 * 6
-        features = Draw(sizes, dtype).normal(*sizes.batch, total)
-        yield features, [sizes.samples, 3], [sizes.others, 2], [sizes.features, 6], [1.0, 0.5], 1, scale
+        draw = Draw(sizes, dtype)
+        sources = draw.normal(*sizes.batch, sizes.samples * sizes.features + 3 * 6)
+        targets = draw.normal(*sizes.batch, sizes.others * sizes.features + 2 * 6)
+        yield sources, targets, [sizes.samples, 3], [sizes.others, 2], [sizes.features, 6], [1.0, 0.5], 1, scale
 
 
 def gradient_reversal(sizes):

@@ -1,10 +1,10 @@
 // CORAL loss and its gradient without the two covariance matrices.
 //
-// With centred features Xs, Xt and v = 1/(N − correction), the squared Frobenius norm of Cs − Ct = vs XsᵀXs − vt XtᵀXt is
+// With centred features Xs, Xt and v = 1/(N − correction), Cs − Ct = vs XsᵀXs − vt XtᵀXt has the squared norm
 //     vs²‖Gss‖² − 2 vs vt‖Gst‖² + vt²‖Gtt‖²,   G = Z Zᵀ the Gram matrix of all samples, Z = [Xs; Xt],
-// and its gradient is 4 V G V Z, V the diagonal of vs and −vt: O(n²D) for n samples and D features. Where samples outnumber
-// features the D×D difference itself is cheaper, O(nD²), and its gradient ±4 v X (Cs − Ct). Both products are symmetric, so
-// half of each is computed; samples are centred while they are packed, and no centred copy is kept.
+// and its gradient is 4 V G V Z, V the diagonal of vs and −vt: O(n²D) for n samples and D features. Where samples
+// outnumber features the D×D difference itself is cheaper, O(nD²), and its gradient ±4 v X (Cs − Ct). Both products are
+// symmetric, so half of each is computed; samples are centred while they are packed, and no centred copy is kept.
 #include "../autograd.h"
 #include "../common.h"
 
@@ -12,8 +12,10 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <cmath>
 #include <tuple>
@@ -28,8 +30,12 @@ namespace {
 
 using Values = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Below this share of ‖Cs‖² + ‖Ct‖² the terms of the Gram form cancel, and float32 products are taken again in float64.
-constexpr double cancels_below = 1e-2;
+// ‖Cs − Ct‖² and its gradient are trusted above this share of ‖Cs‖² + ‖Ct‖² when they come from a Gram matrix, whose
+// terms cancel: there they are as exact as from the covariances. Below it float64 takes the place of float32.
+template <typename T>
+constexpr double trusted_above = std::is_same_v<T, float> ? 0.1 : 1e-4;
+// The norm of a difference of covariances is trusted above this share of the largest squared variance of a feature.
+constexpr double difference_trusted_above = 0.25;
 
 // What both directions know about a call.
 struct Problem {
@@ -51,7 +57,8 @@ double scale_factor(c10::string_view scale, int64_t features) {
 
 Problem problem_of(const Tensor& source, const Tensor& target, int64_t correction, c10::string_view scale) {
   const int64_t ns = source.size(-2), nt = target.size(-2), features = source.size(-1);
-  return {batch_size(source, 2), ns, nt, features, 1.0 / (ns - correction), 1.0 / (nt - correction), scale_factor(scale, features)};
+  const double vs = 1.0 / (ns - correction), vt = 1.0 / (nt - correction);
+  return {batch_size(source, 2), ns, nt, features, vs, vt, scale_factor(scale, features)};
 }
 
 // Both domains of one element of the batch.
@@ -60,7 +67,7 @@ struct Domains {
   Samples<T> source, target;
   Domains(const Tensor& source, const Tensor& target, const Tensor& means, int64_t b)
       : source(source, b, data<double>(means) + b * means.stride(0)),
-        target(target, b, data<double>(means) + b * means.stride(0) + source.size(2)) {}
+        target(target, b, data<double>(means) + b * means.stride(0) + means.stride(1)) {}
 };
 
 // Z Zᵀ of all centred samples. Blocks of columns are turned over while they are packed.
@@ -70,8 +77,9 @@ void gram_matrix(const Domains<T>& domains, T* gram) {
   const int64_t features = source.columns, samples = source.rows + target.rows;
   const auto pack = [&](int64_t block, int64_t first, int64_t last, T* packed) {
     const int64_t column = block * block_depth, depth = std::min(block_depth, features - column);
-    FASTDA_RUN(pack_stacked_rows(source.data + column, source.rows, source.stride, source.mean + column, target.data + column,
-                                 target.rows, target.stride, target.mean + column, depth, first, last, packed));
+    FASTDA_RUN(pack_stacked_rows(source.data + column, source.rows, source.stride, source.mean + column,
+                                 target.data + column, target.rows, target.stride, target.mean + column, depth, first,
+                                 last, packed));
     return Packed{depth, 1};
   };
   symmetric_product(samples, blocks(features, block_depth), features, pack, gram);
@@ -83,7 +91,8 @@ void difference(const Domains<T>& domains, const Problem& problem, T* result) {
   const SampleBlocks<T> source{domains.source, problem.source_weight}, target{domains.target, -problem.target_weight};
   const auto pack = [&](int64_t block, int64_t first, int64_t last, T* packed) {
     const bool of_source = block < source.count();
-    return of_source ? source.pack(block, first, last, packed) : target.pack(block - source.count(), first, last, packed);
+    return of_source ? source.pack(block, first, last, packed)
+                     : target.pack(block - source.count(), first, last, packed);
   };
   symmetric_product(problem.features, source.count() + target.count(), problem.samples(), pack, result);
 }
@@ -92,7 +101,7 @@ void difference(const Domains<T>& domains, const Problem& problem, T* result) {
 struct GramTerms {
   double within, between;
   double norm() const { return within - 2 * between; }
-  bool cancel() const { return norm() < cancels_below * within; }
+  bool trusted(double above) const { return norm() >= above * within; }  // not if NaN
 };
 
 template <typename T>
@@ -103,34 +112,60 @@ GramTerms gram_terms(const T* gram, const Problem& problem) {
           vs * vt * squares(gram + ns, ns, nt, n)};
 }
 
-// ‖Cs − Ct‖² of float64 features whose Gram terms cancel, from the difference itself, a band of its rows at a time.
-double norm_of_difference(const Tensor& source, const Tensor& target, const Problem& problem) {
-  constexpr int64_t band = 64;
-  double norm = 0;
-  for (int64_t i = 0; i < problem.features; i += band) {
-    const int64_t count = std::min(band, problem.features - i);
-    Tensor difference = at::empty({count, problem.features}, source.options());
-    at::addmm_out(difference, difference, source.narrow(1, i, count).t(), source, 0, problem.source_weight);
-    at::addmm_out(difference, difference, target.narrow(1, i, count).t(), target, 1, -problem.target_weight);
-    norm += squares(difference.const_data_ptr<double>(), count, problem.features, problem.features);
+bool identical(const Tensor& source, const Tensor& target) {
+  return source.sizes() == target.sizes() && at::equal(source, target);
+}
+
+// Both domains of one batch element, centred, in float64.
+struct Exact {
+  Tensor source, target, means;
+
+  Exact(const Tensor& source, const Tensor& target, const Tensor& means)
+      : source(centred(source, means[0])),
+        target(centred(target, means[1])),
+        means(at::zeros_like(means).unsqueeze(0)) {}
+  static Tensor centred(const Tensor& x, const Tensor& mean) { return x.to(at::kDouble).sub(mean); }
+  Domains<double> domains() const { return {source.unsqueeze(0), target.unsqueeze(0), means, 0}; }
+};
+
+// ‖Cs − Ct‖² of centred samples that are fewer than their features. In an orthonormal basis of what they span (the Q of
+// Zᵀ = Q R) the covariances are n×n and can be subtracted: nothing cancels that does not cancel in Cs − Ct.
+double norm_in_basis(const Exact& samples, const Problem& problem) {
+  const Tensor r = std::get<1>(at::linalg_qr(at::cat({samples.source, samples.target}).t(), "r"));
+  const Tensor s = r.narrow(1, 0, problem.source), t = r.narrow(1, problem.source, problem.target);
+  const Tensor difference = at::mm(s, s.t()).mul_(problem.source_weight).addmm_(t, t.t(), 1, -problem.target_weight);
+  return squares(difference.const_data_ptr<double>(), r.size(0), r.size(0), r.size(0));
+}
+
+// The norm of one batch element that is not trusted as `norm`, in float64: 0 for identical domains, never negative.
+// Where the product is the difference of the covariances, it is mended too.
+double careful_norm(const Tensor& source, const Tensor& target, const Tensor& means, const Problem& problem,
+                    double norm, const Tensor& product) {
+  if (identical(source, target)) {
+    if (!problem.gram()) Tensor(product).zero_();
+    return 0;
   }
-  return norm;
+  const bool is_double = source.scalar_type() == at::kDouble;
+  if (is_double && !problem.gram()) return norm;
+  const Exact samples(source, target, means);
+  const Tensor exact_product = at::empty({problem.side(), problem.side()}, samples.source.options());
+  double* values = data<double>(exact_product);
+  if (!problem.gram()) {
+    difference(samples.domains(), problem, values);
+    Tensor(product).copy_(exact_product);
+    return squares(values, problem.side(), problem.side(), problem.side());
+  }
+  if (!is_double) {
+    gram_matrix(samples.domains(), values);
+    const GramTerms terms = gram_terms(values, problem);
+    if (terms.trusted(trusted_above<double>)) return terms.norm();
+    norm = terms.norm();
+  }
+  return std::isfinite(norm) ? norm_in_basis(samples, problem) : norm;
 }
 
-// Centred samples in float64.
-Tensor exact(const Tensor& x, const Tensor& mean) { return x.to(at::kDouble).sub(mean); }
-
-// The norm of one batch element whose Gram terms cancel in its own precision: never negative, 0 for identical domains.
-double careful_norm(const Tensor& source, const Tensor& target, const Tensor& means, const Problem& problem) {
-  if (source.sizes() == target.sizes() && at::equal(source, target)) return 0;
-  const Tensor s = exact(source, means[0]), t = exact(target, means[1]);
-  if (source.scalar_type() == at::kDouble) return norm_of_difference(s, t, problem);
-  const Tensor z = at::cat({s, t}), gram = at::mm(z, z.t());
-  return std::max(gram_terms(gram.const_data_ptr<double>(), problem).norm(), 0.0);
-}
-
-// One layer: samples (batch, N, D) of both domains, results (batch), (batch, 2, D) and (batch, side, side), all but the batch
-// dimension dense.
+// One layer: samples (batch, N, D) of both domains; results (batch), (batch, 2, D) and (batch, side, side), dense but for
+// the batch dimension.
 struct Layer {
   Problem problem;
   Tensor source, target, loss, mean_distance, means, products;
@@ -140,22 +175,22 @@ template <typename T>
 void forward(const Layer& layer) {
   const Problem& problem = layer.problem;
   const int64_t side = problem.side();
-  std::vector<uint8_t> cancels(problem.batch, false);
+  std::vector<double> norms(problem.batch);
+  std::vector<uint8_t> trusted(problem.batch);
   for_batch(problem.batch, [&](int64_t b) {
     const Domains<T> domains(layer.source, layer.target, layer.means, b);
     T* product = data<T>(layer.products) + b * layer.products.stride(0);
-    double norm;
-    find_means({domains.source, domains.target});
+    const double variance = find_means({domains.source, domains.target});
     if (problem.gram()) {
       gram_matrix(domains, product);
       const GramTerms terms = gram_terms(product, problem);
-      norm = terms.norm();
-      cancels[b] = terms.cancel();
+      norms[b] = terms.norm();
+      trusted[b] = terms.trusted(trusted_above<T>);
     } else {
       difference(domains, problem, product);
-      norm = squares(product, side, side, side);
+      norms[b] = squares(product, side, side, side);
+      trusted[b] = norms[b] >= difference_trusted_above * variance * variance;
     }
-    data<T>(layer.loss)[b * layer.loss.stride(0)] = static_cast<T>(problem.factor * norm);
     double distance = 0;
     for (int64_t i = 0; i < problem.features; ++i) {
       const double of_means = domains.source.mean[i] - domains.target.mean[i];
@@ -164,17 +199,18 @@ void forward(const Layer& layer) {
     distance *= problem.weight / std::max<int64_t>(problem.features, 1);
     data<T>(layer.mean_distance)[b * layer.mean_distance.stride(0)] = static_cast<T>(distance);
   });
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    if (!cancels[b]) continue;
-    const double norm = careful_norm(layer.source[b], layer.target[b], layer.means[b], problem);
-    data<T>(layer.loss)[b * layer.loss.stride(0)] = static_cast<T>(problem.factor * norm);
+  for (int64_t b = 0; b < problem.batch; ++b) {  // outside of the threads: the careful way creates tensors
+    if (!trusted[b]) {
+      norms[b] = careful_norm(layer.source[b], layer.target[b], layer.means[b], problem, norms[b], layer.products[b]);
+    }
+    data<T>(layer.loss)[b * layer.loss.stride(0)] = static_cast<T>(problem.factor * norms[b]);
   }
 }
 
 // coefficient · V G V Z, for the domains that need it.
 template <typename T>
-void gram_gradient_of(const Domains<T>& domains, const T* gram, const Problem& problem, double coefficient, T* grad_source,
-                      T* grad_target) {
+void gram_gradient_of(const Domains<T>& domains, const T* gram, const Problem& problem, double coefficient,
+                      T* grad_source, T* grad_target) {
   constexpr int64_t width = 128;
   const Samples<T>&source = domains.source, &target = domains.target;
   const int64_t n = problem.samples(), depth = std::min(block_depth, n), features = problem.features;
@@ -183,46 +219,48 @@ void gram_gradient_of(const Domains<T>& domains, const T* gram, const Problem& p
     if (needed) FASTDA_RUN(pack_gram(gram, n, first, rows, packed.data()));
     return packed;
   };
-  const Scratch<T> of_source = pack(grad_source, 0, source.rows), of_target = pack(grad_target, source.rows, target.rows);
+  const auto from_column = [](T* grad, int64_t column) { return grad ? grad + column : nullptr; };
+  const Scratch<T> of_source = pack(grad_source, 0, source.rows),
+                   of_target = pack(grad_target, source.rows, target.rows);
   at::parallel_for(0, blocks(features, width), grain(width * n * n), [&](int64_t begin, int64_t end) {
     const Scratch<T> scratch((width + widest_panel) * depth);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t column = chunk * width;
-      FASTDA_RUN(gram_gradient(source.data + column, source.rows, source.stride, source.mean + column, problem.source_weight,
-                               target.data + column, target.rows, target.stride, target.mean + column, problem.target_weight,
-                               grad_source ? of_source.data() : nullptr, grad_target ? of_target.data() : nullptr,
-                               coefficient, std::min(width, features - column), depth, scratch.data(), grad_source + column,
-                               grad_target + column, features));
+      FASTDA_RUN(gram_gradient(source.data + column, source.rows, source.stride, source.mean + column,
+                               problem.source_weight, target.data + column, target.rows, target.stride,
+                               target.mean + column, problem.target_weight, grad_source ? of_source.data() : nullptr,
+                               grad_target ? of_target.data() : nullptr, coefficient,
+                               std::min(width, features - column), depth, scratch.data(),
+                               from_column(grad_source, column), from_column(grad_target, column), features));
     }
   });
 }
 
-// The same in float64, where the terms cancel.
+// The same for one batch element, in float64.
 void careful_gradient(const Tensor& source, const Tensor& target, const Tensor& means, const Problem& problem,
                       double coefficient, const Tensor& grad_source, const Tensor& grad_target) {
-  const bool identical = source.sizes() == target.sizes() && at::equal(source, target) && std::isfinite(coefficient);
-  const Tensor s = exact(source, means[0]), t = exact(target, means[1]), z = at::cat({s, t});
-  const Tensor weighted = at::cat({s.mul(problem.source_weight), t.mul(-problem.target_weight)});
-  const auto one_domain = [&](const Tensor& grad, const Tensor& rows, double weight) {
-    if (!grad.defined()) return;
-    if (identical) {
-      grad.zero_();
-    } else {
-      grad.copy_(at::mm(at::mm(rows, z.t()), weighted).mul_(coefficient * weight));
-    }
-  };
-  one_domain(grad_source, s, problem.source_weight);
-  one_domain(grad_target, t, -problem.target_weight);
+  const Exact samples(source, target, means);
+  const Tensor gram = at::empty({problem.side(), problem.side()}, samples.source.options());
+  const Tensor gs = grad_source.defined() ? at::empty_like(samples.source) : Tensor();
+  const Tensor gt = grad_target.defined() ? at::empty_like(samples.target) : Tensor();
+  gram_matrix(samples.domains(), data<double>(gram));
+  gram_gradient_of(samples.domains(), data<double>(gram), problem, coefficient,
+                   gs.defined() ? data<double>(gs) : nullptr, gt.defined() ? data<double>(gt) : nullptr);
+  if (gs.defined()) grad_source.copy_(gs);
+  if (gt.defined()) grad_target.copy_(gt);
 }
 
-// Writes the gradient of the domains that need it; the other's is undefined. The layer holds incoming gradients for results.
+// Writes the gradient of the domains that need it; the other's is undefined. The layer holds incoming gradients.
 template <typename T>
 void backward(const Layer& layer, const Tensor& grad_source, const Tensor& grad_target) {
+  constexpr bool is_double = std::is_same_v<T, double>;
   const Problem& problem = layer.problem;
   const auto incoming = [](const Tensor& grad, int64_t b) { return grad.const_data_ptr<T>()[b * grad.stride(0)]; };
   const auto coefficient_of = [&](int64_t b) { return 4 * problem.factor * incoming(layer.loss, b); };
-  const auto gradient = [](const Tensor& grad, int64_t b) { return grad.defined() ? data<T>(grad) + b * grad.stride(0) : nullptr; };
-  std::vector<uint8_t> cancels(problem.batch, false);
+  const auto gradient = [](const Tensor& grad, int64_t b) {
+    return grad.defined() ? data<T>(grad) + b * grad.stride(0) : nullptr;
+  };
+  std::vector<uint8_t> trusted(problem.batch, true);
   bool pulls = false;
   for_batch(problem.batch, [&](int64_t b) {
     const Domains<T> domains(layer.source, layer.target, layer.means, b);
@@ -233,15 +271,24 @@ void backward(const Layer& layer, const Tensor& grad_source, const Tensor& grad_
       if (gs) multiply_symmetric(domains.source, p, false, coefficient * problem.source_weight, gs);
       if (gt) multiply_symmetric(domains.target, p, false, -coefficient * problem.target_weight, gt);
     } else {
-      cancels[b] = gram_terms(p, problem).cancel();
-      if (!cancels[b]) gram_gradient_of(domains, p, problem, coefficient, gs, gt);
+      trusted[b] = gram_terms(p, problem).trusted(trusted_above<T>);
+      if (trusted[b] || is_double) gram_gradient_of(domains, p, problem, coefficient, gs, gt);
     }
+    if (gs) centre_gradient(gs, problem.source, problem.features);
+    if (gt) centre_gradient(gt, problem.target, problem.features);
   });
+  const auto element = [](const Tensor& grad, int64_t b) { return grad.defined() ? grad[b] : Tensor(); };
   for (int64_t b = 0; b < problem.batch; ++b) {
     pulls = pulls || incoming(layer.mean_distance, b) != 0;
-    if (!cancels[b]) continue;
-    careful_gradient(layer.source[b], layer.target[b], layer.means[b], problem, coefficient_of(b),
-                     grad_source.defined() ? grad_source[b] : Tensor(), grad_target.defined() ? grad_target[b] : Tensor());
+    if (trusted[b]) continue;
+    const Tensor source = layer.source[b], gs = element(grad_source, b);
+    const Tensor target = layer.target[b], gt = element(grad_target, b);
+    if (std::isfinite(coefficient_of(b)) && identical(source, target)) {
+      if (gs.defined()) gs.zero_();
+      if (gt.defined()) gt.zero_();
+    } else if (!is_double) {
+      careful_gradient(source, target, layer.means[b], problem, coefficient_of(b), gs, gt);
+    }
   }
   if (!pulls) return;
   const double factor = 2 * problem.weight / std::max<int64_t>(problem.features, 1);
@@ -270,6 +317,11 @@ void run_backward(const Layer& layer, const Tensor& grad_source, const Tensor& g
   run(layer, grad_source, grad_target);
 }
 
+// A gradient in the shape and dtype of what it belongs to, empty where it is not needed.
+Tensor finish(const Tensor& grad, const Tensor& like) {
+  return grad.defined() ? grad.reshape(like.sizes()).to(like.scalar_type()) : at::empty({0}, like.options());
+}
+
 Values coral_loss(const Tensor& source, const Tensor& target, int64_t correction, c10::string_view scale) {
   const KernelGuard guard;
   check(source, target, correction);
@@ -289,9 +341,10 @@ Values coral_loss(const Tensor& source, const Tensor& target, int64_t correction
           layer.products.reshape(batched(source, 2, {problem.side(), problem.side()}))};
 }
 
-std::tuple<Tensor, Tensor> coral_loss_backward(const Tensor& grad_loss, const Tensor& grad_mean_distance, const Tensor& source,
-                                               const Tensor& target, const Tensor& means, const Tensor& products,
-                                               int64_t correction, c10::string_view scale, bool need_source, bool need_target) {
+std::tuple<Tensor, Tensor> coral_loss_backward(const Tensor& grad_loss, const Tensor& grad_mean_distance,
+                                               const Tensor& source, const Tensor& target, const Tensor& means,
+                                               const Tensor& products, int64_t correction, c10::string_view scale,
+                                               bool need_source, bool need_target) {
   const KernelGuard guard;
   check(source, target, correction);
   const Problem problem = problem_of(source, target, correction, scale);
@@ -312,109 +365,133 @@ std::tuple<Tensor, Tensor> coral_loss_backward(const Tensor& grad_loss, const Te
   const Tensor grad_source = need_source ? at::empty({batch, problem.source, features}, options) : Tensor();
   const Tensor grad_target = need_target ? at::empty({batch, problem.target, features}, options) : Tensor();
   run_backward(layer, grad_source, grad_target);
-  const auto finish = [](const Tensor& grad, const Tensor& like) {
-    return grad.defined() ? grad.reshape(like.sizes()).to(like.scalar_type()) : at::empty({0}, like.options());
-  };
   return {finish(grad_source, source), finish(grad_target, target)};
 }
 
-// Layers that lie one after the other in flat features (batch, total), and their shares of the flat results.
-std::vector<Layer> layers_of(const Tensor& features, at::IntArrayRef num_source, at::IntArrayRef num_target,
-                             at::IntArrayRef num_features, at::ArrayRef<double> weights, int64_t correction,
-                             c10::string_view scale, const Tensor& losses, const Tensor& mean_distances, const Tensor& means,
-                             const Tensor& products) {
-  std::vector<Layer> layers;
-  int64_t first = 0, first_mean = 0, first_product = 0;
-  for (size_t l = 0; l < num_features.size(); ++l) {
-    const int64_t width = num_features[l];
-    const auto part = [&](const Tensor& x, int64_t& begin, int64_t rows, int64_t columns) {
-      const Tensor result = x.narrow(1, begin, rows * columns).unflatten(1, {rows, columns});
-      begin += rows * columns;
-      return result;
-    };
-    const Tensor source = part(features, first, num_source[l], width), target = part(features, first, num_target[l], width);
-    Problem problem = problem_of(source, target, correction, scale);
-    problem.weight = weights[l];
-    problem.factor *= weights[l];
-    layers.push_back({problem, source, target, losses.select(1, l), mean_distances.select(1, l),
-                      part(means, first_mean, 2, width), part(products, first_product, problem.side(), problem.side())});
+// Layers lie one after the other in flat tensors, (batch, Σ N·D) of each domain. Gives out the next rows and columns.
+class Parts {
+ public:
+  explicit Parts(const Tensor& flat) : flat_(flat) {}
+  Tensor next(int64_t rows, int64_t columns) {
+    if (!flat_.defined()) return flat_;
+    const Tensor part = flat_.narrow(1, begin_, rows * columns).unflatten(1, {rows, columns});
+    begin_ += rows * columns;
+    return part;
   }
-  return layers;
-}
 
-// Elements of features, means and products that the layers take up.
-struct LayerCounts {
-  int64_t features = 0, means = 0, products = 0;
+ private:
+  Tensor flat_;
+  int64_t begin_ = 0;
+};
 
-  LayerCounts(const Tensor& x, at::IntArrayRef num_source, at::IntArrayRef num_target, at::IntArrayRef num_features,
-              at::ArrayRef<double> weights, int64_t correction) {
-    const size_t layers = num_features.size();
-    TORCH_CHECK_VALUE(num_source.size() == layers && num_target.size() == layers && weights.size() == layers,
-                      "num_source, num_target, num_features, weights: expected one entry a layer, got ", num_source.size(), ", ",
-                      num_target.size(), ", ", layers, ", ", weights.size());
-    for (size_t l = 0; l < layers; ++l) {
-      const int64_t ns = num_source[l], nt = num_target[l], width = num_features[l];
-      TORCH_CHECK_VALUE(ns > correction && nt > correction && width >= 0, "layer ", l, ": expected more samples than correction, ",
-                        correction, ", got ", ns, " and ", nt, " of ", width, " features");
-      const int64_t side = std::min(ns + nt, width);
-      features += (ns + nt) * width;
-      means += 2 * width;
-      products += side * side;
+// What the ops of several layers are told.
+struct Layers {
+  at::IntArrayRef num_source, num_target, num_features;
+  at::ArrayRef<double> weights;
+  int64_t correction;
+  c10::string_view scale;
+
+  int64_t count() const { return num_features.size(); }
+
+  // Visits each layer; its samples come from `source` and `target`, what it writes or is given from the others.
+  template <typename F>
+  void visit(const Tensor& source, const Tensor& target, const Tensor& losses, const Tensor& mean_distances,
+             const Tensor& means, const Tensor& products, const F& each) const {
+    Parts of_source(source), of_target(target), of_means(means), of_products(products);
+    for (int64_t l = 0; l < count(); ++l) {
+      const int64_t width = num_features[l];
+      const Tensor s = of_source.next(num_source[l], width), t = of_target.next(num_target[l], width);
+      Problem problem = problem_of(s, t, correction, scale);
+      problem.weight = weights[l];
+      problem.factor *= weights[l];
+      each(Layer{problem, s, t, losses.select(1, l), mean_distances.select(1, l), of_means.next(2, width),
+                 of_products.next(problem.side(), problem.side())});
     }
-    TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == features, "features: expected (..., ", features, "), got ", x.sizes());
-    check_floating("features", x);
   }
 };
 
-Values coral_layers(const Tensor& features, at::IntArrayRef num_source, at::IntArrayRef num_target, at::IntArrayRef num_features,
-                    at::ArrayRef<double> weights, int64_t correction, c10::string_view scale) {
-  const KernelGuard guard;
-  const LayerCounts counts(features, num_source, num_target, num_features, weights, correction);
-  const int64_t batch = batch_size(features, 1), layers = num_features.size();
-  const auto dtype = accumulate_type(features.scalar_type());
-  const auto options = features.options().dtype(dtype);
-  const Tensor x = features.to(dtype).reshape({batch, counts.features}).contiguous();
-  const Tensor losses = at::empty({batch, layers}, options), mean_distances = at::empty({batch, layers}, options);
-  const Tensor means = at::empty({batch, counts.means}, options.dtype(at::kDouble));
-  const Tensor products = at::empty({batch, counts.products}, options);
-  for (const Layer& layer : layers_of(x, num_source, num_target, num_features, weights, correction, scale, losses, mean_distances,
-                                      means, products)) {
-    run_forward(layer);
+// Elements of samples, means and products that the layers take up.
+struct LayerCounts {
+  int64_t source = 0, target = 0, means = 0, products = 0;
+
+  LayerCounts(const Tensor& sources, const Tensor& targets, const Layers& layers) {
+    const int64_t count = layers.count(), correction = layers.correction;
+    const auto has_all = [&](const auto& list) { return static_cast<int64_t>(list.size()) == count; };
+    TORCH_CHECK_VALUE(has_all(layers.num_source) && has_all(layers.num_target) && has_all(layers.weights),
+                      "num_source, num_target, num_features, weights: expected one entry a layer, got ",
+                      layers.num_source.size(), ", ", layers.num_target.size(), ", ", count, ", ",
+                      layers.weights.size());
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t ns = layers.num_source[l], nt = layers.num_target[l], width = layers.num_features[l];
+      TORCH_CHECK_VALUE(ns > correction && nt > correction && width >= 0, "layer ", l,
+                        ": expected more samples than correction, ", correction, ", got ", ns, " and ", nt, " of ",
+                        width, " features");
+      const int64_t side = std::min(ns + nt, width);
+      source += ns * width;
+      target += nt * width;
+      means += 2 * width;
+      products += side * side;
+    }
+    check_floating("sources", sources);
+    TORCH_CHECK_TYPE(sources.scalar_type() == targets.scalar_type(), "targets: expected the dtype of sources, ",
+                     sources.scalar_type(), ", got ", targets.scalar_type());
+    TORCH_CHECK_VALUE(sources.dim() >= 1 && sources.size(-1) == source, "sources: expected (..., ", source, "), got ",
+                      sources.sizes());
+    TORCH_CHECK_VALUE(targets.sizes() == at::IntArrayRef(batched(sources, 1, {target})),
+                      "targets: expected the batch of sources, ", sources.sizes(), ", and ", target,
+                      " elements each, got ", targets.sizes());
   }
-  return {losses.reshape(batched(features, 1, {layers})), mean_distances.reshape(batched(features, 1, {layers})),
-          means.reshape(batched(features, 1, {counts.means})), products.reshape(batched(features, 1, {counts.products}))};
+};
+
+Tensor flat(const Tensor& x, at::ScalarType dtype, int64_t batch, int64_t count) {
+  return x.to(dtype).reshape({batch, count}).contiguous();
 }
 
-Tensor coral_layers_backward(const Tensor& grad_losses, const Tensor& grad_mean_distances, const Tensor& features,
-                             const Tensor& means, const Tensor& products, at::IntArrayRef num_source, at::IntArrayRef num_target,
-                             at::IntArrayRef num_features, at::ArrayRef<double> weights, int64_t correction,
-                             c10::string_view scale, bool need_features) {
+Values coral_layers(const Tensor& sources, const Tensor& targets, at::IntArrayRef num_source,
+                    at::IntArrayRef num_target, at::IntArrayRef num_features, at::ArrayRef<double> weights,
+                    int64_t correction, c10::string_view scale) {
   const KernelGuard guard;
-  const LayerCounts counts(features, num_source, num_target, num_features, weights, correction);
-  const int64_t batch = batch_size(features, 1), layers = num_features.size();
-  if (!need_features) return at::empty({0}, features.options());
-  check_count("grad_losses", grad_losses, batch * layers);
-  check_count("grad_mean_distances", grad_mean_distances, batch * layers);
+  const Layers layers{num_source, num_target, num_features, weights, correction, scale};
+  const LayerCounts counts(sources, targets, layers);
+  const int64_t batch = batch_size(sources, 1), count = layers.count();
+  const auto dtype = accumulate_type(sources.scalar_type());
+  const auto options = sources.options().dtype(dtype);
+  const Tensor losses = at::empty({batch, count}, options), mean_distances = at::empty({batch, count}, options);
+  const Tensor means = at::empty({batch, counts.means}, options.dtype(at::kDouble));
+  const Tensor products = at::empty({batch, counts.products}, options);
+  layers.visit(flat(sources, dtype, batch, counts.source), flat(targets, dtype, batch, counts.target), losses,
+               mean_distances, means, products, &run_forward);
+  const auto finish = [&](const Tensor& x) { return x.reshape(batched(sources, 1, {x.size(1)})); };
+  return {finish(losses), finish(mean_distances), finish(means), finish(products)};
+}
+
+std::tuple<Tensor, Tensor> coral_layers_backward(const Tensor& grad_losses, const Tensor& grad_mean_distances,
+                                                 const Tensor& sources, const Tensor& targets, const Tensor& means,
+                                                 const Tensor& products, at::IntArrayRef num_source,
+                                                 at::IntArrayRef num_target, at::IntArrayRef num_features,
+                                                 at::ArrayRef<double> weights, int64_t correction,
+                                                 c10::string_view scale, bool need_sources, bool need_targets) {
+  const KernelGuard guard;
+  const Layers layers{num_source, num_target, num_features, weights, correction, scale};
+  const LayerCounts counts(sources, targets, layers);
+  const int64_t batch = batch_size(sources, 1), count = layers.count();
+  check_count("grad_losses", grad_losses, batch * count);
+  check_count("grad_mean_distances", grad_mean_distances, batch * count);
   check_count("means", means, batch * counts.means);
   check_count("products", products, batch * counts.products);
-  const auto dtype = accumulate_type(features.scalar_type());
-  const auto flat = [&](const Tensor& x, at::ScalarType type, int64_t count) {
-    return x.to(type).reshape({batch, count}).contiguous();
-  };
-  const Tensor x = flat(features, dtype, counts.features), grads = at::empty_like(x);
-  int64_t first = 0;
-  for (const Layer& layer : layers_of(x, num_source, num_target, num_features, weights, correction, scale,
-                                      flat(grad_losses, dtype, layers), flat(grad_mean_distances, dtype, layers),
-                                      flat(means, at::kDouble, counts.means), flat(products, dtype, counts.products))) {
-    const auto part = [&](int64_t rows) {
-      const Tensor grad = grads.narrow(1, first, rows * layer.problem.features).unflatten(1, {rows, layer.problem.features});
-      first += rows * layer.problem.features;
-      return grad;
-    };
-    const Tensor grad_source = part(layer.problem.source), grad_target = part(layer.problem.target);
-    run_backward(layer, grad_source, grad_target);
-  }
-  return grads.reshape(features.sizes()).to(features.scalar_type());
+  const auto dtype = accumulate_type(sources.scalar_type());
+  const Tensor s = flat(sources, dtype, batch, counts.source), t = flat(targets, dtype, batch, counts.target);
+  const Tensor grad_sources = need_sources ? at::empty_like(s) : Tensor();
+  const Tensor grad_targets = need_targets ? at::empty_like(t) : Tensor();
+  Parts of_source(grad_sources), of_target(grad_targets);
+  layers.visit(s, t, flat(grad_losses, dtype, batch, count), flat(grad_mean_distances, dtype, batch, count),
+               flat(means, at::kDouble, batch, counts.means), flat(products, dtype, batch, counts.products),
+               [&](const Layer& layer) {
+                 const Problem& problem = layer.problem;
+                 const Tensor grad_source = of_source.next(problem.source, problem.features);
+                 run_backward(layer, grad_source, of_target.next(problem.target, problem.features));
+               });
+  return {finish(grad_sources, sources), finish(grad_targets, targets)};
 }
 
 }  // namespace

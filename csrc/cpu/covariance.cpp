@@ -32,14 +32,16 @@ void backward(const Tensor& grad_value, const Tensor& x, const Tensor& mean, int
   const int64_t rows = x.size(1), size = x.size(2);
   for_batch(x.size(0), [&](int64_t b) {
     const Samples<T> samples(x, b, data<double>(mean) + b * size);
-    multiply_symmetric(samples, grad_value.const_data_ptr<T>() + b * size * size, true, 1.0 / (rows - correction),
-                       data<T>(grad_x) + b * rows * size);
+    T* grad = data<T>(grad_x) + b * rows * size;
+    multiply_symmetric(samples, grad_value.const_data_ptr<T>() + b * size * size, true, 1.0 / (rows - correction), grad);
+    centre_gradient(grad, rows, size);
   });
 }
 
 void check(const Tensor& x, int64_t correction) {
   check_features("x", x);
-  TORCH_CHECK_VALUE(x.size(-2) > correction, "x: expected more samples than correction, ", correction, ", got ", x.size(-2));
+  TORCH_CHECK_VALUE(x.size(-2) > correction, "x: expected more samples than correction, ", correction, ", got ",
+                    x.size(-2));
 }
 
 std::tuple<Tensor, Tensor> covariance(const Tensor& x, int64_t correction) {
@@ -48,12 +50,14 @@ std::tuple<Tensor, Tensor> covariance(const Tensor& x, int64_t correction) {
   const int64_t batch = batch_size(x, 2), size = x.size(-1);
   const auto dtype = accumulate_type(x.scalar_type());
   const auto options = x.options().dtype(dtype);
-  const Tensor value = at::empty({batch, size, size}, options), mean = at::empty({batch, size}, options.dtype(at::kDouble));
+  const Tensor value = at::empty({batch, size, size}, options),
+               mean = at::empty({batch, size}, options.dtype(at::kDouble));
   (dtype == at::kDouble ? &forward<double> : &forward<float>)(matrices(x, dtype, batch), correction, value, mean);
   return {value.reshape(batched(x, 2, {size, size})), mean.reshape(batched(x, 2, {size}))};
 }
 
-Tensor covariance_backward(const Tensor& grad_value, const Tensor& x, const Tensor& mean, int64_t correction, bool need_x) {
+Tensor covariance_backward(const Tensor& grad_value, const Tensor& x, const Tensor& mean, int64_t correction,
+                           bool need_x) {
   const KernelGuard guard;
   check(x, correction);
   if (!need_x) return at::empty({0}, x.options());
@@ -64,7 +68,8 @@ Tensor covariance_backward(const Tensor& grad_value, const Tensor& x, const Tens
   const Tensor grad_x = at::empty({batch, rows, size}, x.options().dtype(dtype));
   const Tensor grad = grad_value.to(dtype).reshape({batch, size, size}).contiguous();
   const Tensor means = mean.to(at::kDouble).reshape({batch, size}).contiguous();
-  (dtype == at::kDouble ? &backward<double> : &backward<float>)(grad, matrices(x, dtype, batch), means, correction, grad_x);
+  (dtype == at::kDouble ? &backward<double> : &backward<float>)(grad, matrices(x, dtype, batch), means, correction,
+                                                                grad_x);
   return grad_x.reshape(x.sizes()).to(x.scalar_type());
 }
 

@@ -1,4 +1,4 @@
-// Products with centred samples, spread over the threads; the loops are in matrix_loops.h. Include after for_each_isa.h.
+// Products with centred samples, spread over the threads; their loops, in matrix_loops.h, are to be included before.
 #pragma once
 
 #include "../common.h"
@@ -10,7 +10,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t widest_panel = 32;
+constexpr int64_t widest_panel = 32;  // of Tile::columns, checked there
 constexpr int64_t block_depth = 192;  // a block of a panel fits into the first cache, one of all panels into the second
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -38,7 +38,11 @@ struct Samples {
   double* mean;
 
   Samples(const Tensor& x, int64_t batch, double* mean)
-      : data(x.const_data_ptr<T>() + batch * x.stride(0)), rows(x.size(1)), stride(x.stride(1)), columns(x.size(2)), mean(mean) {}
+      : data(x.const_data_ptr<T>() + batch * x.stride(0)),
+        rows(x.size(1)),
+        stride(x.stride(1)),
+        columns(x.size(2)),
+        mean(mean) {}
 };
 
 template <typename T>
@@ -63,18 +67,32 @@ T* data(const Tensor& x) {
   return x.mutable_data_ptr<T>();
 }
 
-// Means of the columns of one matrix or several of the same width.
+// Finds the means of the columns of one matrix or several of the same width; returns the largest variance of a column.
 template <typename T>
-void find_means(std::initializer_list<Samples<T>> matrices) {
+double find_means(std::initializer_list<Samples<T>> matrices) {
   constexpr int64_t width = 64;
   const Samples<T>* x = matrices.begin();
   const int64_t column_blocks = blocks(x->columns, width), count = matrices.size();
+  std::vector<double> largest(count * column_blocks, 0.0);
   at::parallel_for(0, count * column_blocks, grain(x->rows * width), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Samples<T>& one = x[i / column_blocks];
-      const int64_t column = i % column_blocks * width;
-      FASTDA_RUN(column_means(one.data + column, one.rows, one.stride, std::min(width, one.columns - column), one.mean + column));
+      const int64_t column = i % column_blocks * width, columns = std::min(width, one.columns - column);
+      FASTDA_RUN(column_means(one.data + column, one.rows, one.stride, columns, one.mean + column, &largest[i]));
     }
+  });
+  return largest.empty() ? 0 : *std::max_element(largest.begin(), largest.end());
+}
+
+// The gradient of centred samples has columns that sum to 0. In float64, whose means are rounded to the same precision,
+// that takes out what their rounding left; float32 samples are less a mean of more digits.
+template <typename T>
+void centre_gradient(T* grad, int64_t rows, int64_t columns) {
+  constexpr int64_t width = 64;
+  if (sizeof(T) < sizeof(double)) return;
+  at::parallel_for(0, blocks(columns, width), grain(rows * width), [&](int64_t begin, int64_t end) {
+    const int64_t column = begin * width;
+    FASTDA_RUN(centre_columns(grad + column, rows, columns, std::min(end * width, columns) - column));
   });
 }
 
@@ -92,43 +110,47 @@ struct Packed {
   double weight;
 };
 
-// to = Σ weight · PᵀP over blocks of rows of a matrix P of `size` columns and `total_depth` rows in all (to: size × size).
-// pack(block, first, last, packed) packs the panels first to last of a block, at most block_depth deep.
+// to = Σ weight · PᵀP over blocks of rows of a matrix P of `size` columns and `total_depth` rows in all (to: size ×
+// size). pack(block, first, last, packed) packs the panels first to last of a block, at most block_depth deep.
 template <typename T, typename Pack>
 void symmetric_product(int64_t size, int64_t num_blocks, int64_t total_depth, const Pack& pack, T* to) {
   const TileShape<T> tile;
   const int64_t panels = blocks(size, tile.columns), tiles = panels * (panels + 1) / 2 * (tile.columns / tile.rows);
   const int64_t worth_a_thread = 1 << 20, work = size * size / 2 * total_depth;
-  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>({at::get_num_threads(), num_blocks, 1 + work / worth_a_thread});
-  const int64_t panel_values = block_depth * tile.columns;
-  std::fill(to, to + size * size, T(0));
-  if (threads * size <= total_depth || threads == 1) {  // a sum for each thread: no larger than P
+  const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = std::min(available, 1 + work / worth_a_thread), panel_values = block_depth * tile.columns;
+  if (threads == 1 ||
+      (threads <= num_blocks && threads * size <= total_depth)) {  // a sum for each thread: no larger than P
     const Scratch<T> sums((threads - 1) * size * size), scratch(threads * panels * panel_values);
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        T *sum = part == 0 ? to : sums.data() + (part - 1) * size * size, *packed = scratch.data() + part * panels * panel_values;
-        if (part > 0) std::fill(sum, sum + size * size, T(0));
-        for (int64_t block = num_blocks * part / threads; block < num_blocks * (part + 1) / threads; ++block) {
+        T *sum = part == 0 ? to : sums.data() + (part - 1) * size * size,
+          *packed = scratch.data() + part * panels * panel_values;
+        const int64_t first = num_blocks * part / threads, last = num_blocks * (part + 1) / threads;
+        for (int64_t block = first; block < last; ++block) {
           const Packed done = pack(block, 0, panels, packed);
-          FASTDA_RUN(add_symmetric(packed, done.depth, size, static_cast<T>(done.weight), sum, size, 0, tiles));
+          FASTDA_RUN(multiply_symmetric_panels(packed, done.depth, size, static_cast<T>(done.weight), block > first,
+                                               sum, size, 0, tiles));
         }
       }
     });
-    at::parallel_for(0, threads > 1 ? size * size : 0, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-      for (int64_t part = 0; part < threads - 1; ++part) {
-        const T* sum = sums.data() + part * size * size;
-        for (int64_t i = begin; i < end; ++i) to[i] += sum[i];
+    at::parallel_for(0, threads > 1 ? size : 0, grain(size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t part = 0; part < threads - 1; ++part) {
+          const T* sum = sums.data() + part * size * size;
+          for (int64_t i = row * size + row; i < (row + 1) * size; ++i) to[i] += sum[i];
+        }
       }
     });
   } else {  // one sum, its tiles divided among the threads
     const Scratch<T> scratch(panels * panel_values);
     for (int64_t block = 0; block < num_blocks; ++block) {
-      at::parallel_for(0, panels, grain(panel_values), [&](int64_t begin, int64_t end) {
-        pack(block, begin, end, scratch.data());
-      });
+      at::parallel_for(0, panels, grain(panel_values),
+                       [&](int64_t begin, int64_t end) { pack(block, begin, end, scratch.data()); });
       const Packed done = pack(block, 0, 0, scratch.data());
       at::parallel_for(0, tiles, grain(done.depth * tile.rows * tile.columns), [&](int64_t begin, int64_t end) {
-        FASTDA_RUN(add_symmetric(scratch.data(), done.depth, size, static_cast<T>(done.weight), to, size, begin, end));
+        FASTDA_RUN(multiply_symmetric_panels(scratch.data(), done.depth, size, static_cast<T>(done.weight), block > 0,
+                                             to, size, begin, end));
       });
     }
   }
@@ -165,9 +187,9 @@ void multiply_symmetric(const Samples<T>& x, const T* square, bool add_transpose
       const int64_t block = begin / row_blocks, row = begin % row_blocks * row_block;
       const int64_t count = std::min(end - begin, row_blocks - begin % row_blocks);
       const int64_t rows = std::min(count * row_block, x.rows - row), column = block * column_block;
-      FASTDA_RUN(multiply_samples(x.data + row * x.stride, x.stride, rows, x.columns, x.mean, square, add_transpose, column,
-                                  std::min(column_block, x.columns - column), depth, static_cast<T>(weight),
-                                  to + row * x.columns, scratch.data()));
+      FASTDA_RUN(multiply_samples(x.data + row * x.stride, x.stride, rows, x.columns, x.mean, square, add_transpose,
+                                  column, std::min(column_block, x.columns - column), depth, row_block,
+                                  static_cast<T>(weight), to + row * x.columns, scratch.data()));
       begin += count;
     }
   });

@@ -1,7 +1,8 @@
 // Matrix products on packed panels; compiled once for each instruction set by for_each_isa.h.
 //
-// A panel of width W holds W columns of a matrix, row after row; the last panel of a matrix is filled up with zeros. Element
-// (k, j) lies at packed[(j / W * depth + k) * W + j % W]. The inner kernel keeps a tile of Σ_k a(k, i) b(k, j) in registers.
+// A panel of width W holds W columns of a matrix, row after row; the last panel of a matrix is filled up with zeros.
+// Element (k, j) lies at packed[(j / W * depth + k) * W + j % W]. The inner kernel keeps a tile of
+// Σ_k a(k, i) b(k, j) in registers.
 
 // As many sums as the registers hold: there are 32 with AVX-512, 16 with less.
 template <typename T>
@@ -10,6 +11,7 @@ struct Tile {
   static constexpr int64_t vectors = FASTDA_VECTOR_BYTES == 32 ? 3 : 2;
   static constexpr int64_t rows = FASTDA_VECTOR_BYTES == 64 ? 8 : 4;
   static constexpr int64_t columns = lanes * vectors;  // a multiple of rows
+  static_assert(columns % rows == 0 && columns <= 32, "matrix.h lays out scratch for panels of up to 32 columns");
   typedef T Vector __attribute__((vector_size(FASTDA_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 };
 
@@ -64,10 +66,11 @@ void put_tile(const T* tile, T weight, bool add, T* to, int64_t stride, int64_t 
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The upper triangle of weight · PᵀP, of a matrix P of `count` columns in panels of Tile::columns, is added to `to`: tiles
-// begin to end of those that tile_count counts, and with them what they cover below the diagonal.
+// The upper triangle of weight · PᵀP, of a matrix P of `count` columns in panels of Tile::columns, is stored in `to` or
+// added to it: tiles begin to end, counted down each panel from its top to its diagonal, which the last reach below.
 template <typename T>
-void add_symmetric(const T* packed, int64_t depth, int64_t count, T weight, T* to, int64_t stride, int64_t begin, int64_t end) {
+void multiply_symmetric_panels(const T* packed, int64_t depth, int64_t count, T weight, bool add, T* to, int64_t stride,
+                               int64_t begin, int64_t end) {
   constexpr int64_t rows = Tile<T>::rows, columns = Tile<T>::columns, ratio = columns / rows;
   T tile[rows * columns];
   int64_t panel = 0;
@@ -76,24 +79,27 @@ void add_symmetric(const T* packed, int64_t depth, int64_t count, T weight, T* t
   for (int64_t unit = begin; unit < end; ++unit) {
     if (i >= (panel + 1) * columns) ++panel, i = 0;
     if (i < count) {
-      multiply_tile(packed + i / columns * depth * columns + i % columns, columns, packed + panel * depth * columns, depth, tile);
-      put_tile(tile, weight, true, to + i * stride + panel * columns, stride, least(rows, count - i),
+      multiply_tile(packed + i / columns * depth * columns + i % columns, columns, packed + panel * depth * columns,
+                    depth, tile);
+      put_tile(tile, weight, add, to + i * stride + panel * columns, stride, least(rows, count - i),
                least(columns, count - panel * columns));
     }
     i += rows;
   }
 }
 
-// to (rows × columns) = weight · AᵀB, or added to it; A in panels of Tile::rows, `a_depth` deep, B in panels of Tile::columns.
+// to (rows × columns) = weight · AᵀB, or added to it, for A in panels of Tile::rows, `a_depth` deep, and B in panels of
+// Tile::columns.
 template <typename T>
-void multiply_panels(const T* a, int64_t a_depth, int64_t rows, const T* b, int64_t columns, int64_t depth, T weight, bool add,
-                     T* to, int64_t stride) {
+void multiply_panels(const T* a, int64_t a_depth, int64_t rows, const T* b, int64_t columns, int64_t depth, T weight,
+                     bool add, T* to, int64_t stride) {
   constexpr int64_t tile_rows = Tile<T>::rows, tile_columns = Tile<T>::columns;
   T tile[tile_rows * tile_columns];
   for (int64_t j = 0; j < columns; j += tile_columns) {
     for (int64_t i = 0; i < rows; i += tile_rows) {
       multiply_tile(a + i * a_depth, tile_rows, b + j * depth, depth, tile);
-      put_tile(tile, weight, add, to + i * stride + j, stride, least(tile_rows, rows - i), least(tile_columns, columns - j));
+      put_tile(tile, weight, add, to + i * stride + j, stride, least(tile_rows, rows - i),
+               least(tile_columns, columns - j));
     }
   }
 }
@@ -105,7 +111,7 @@ struct SplitMean {
   explicit SplitMean(double mean) : high(static_cast<T>(mean)), low(static_cast<T>(mean - static_cast<double>(high))) {}
 };
 
-// Columns of x less their means (none if null), times `scale`, as rows first, first + 1, ... of panels that are `depth` deep.
+// Columns of x less their means (none if null), times `scale`, as rows first, first + 1, ... of panels `depth` deep.
 template <typename T, int64_t width = Tile<T>::columns>
 void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, const double* mean, T scale, T* packed,
                   int64_t depth, int64_t first) {
@@ -148,7 +154,8 @@ struct Corner {
     *reinterpret_cast<Floats*>(to + 3 * to_stride) = FASTDA_SHUFFLE(b, d, 2, 3, 6, 7);
   }
 
-  static void turn(const double* x, int64_t stride, const double* high, const double* low, double* to, int64_t to_stride) {
+  static void turn(const double* x, int64_t stride, const double* high, const double* low, double* to,
+                   int64_t to_stride) {
     const Doubles h = *reinterpret_cast<const Doubles*>(high), l = *reinterpret_cast<const Doubles*>(low);
     const Doubles a = (*reinterpret_cast<const Doubles*>(x) - h) - l;
     const Doubles b = (*reinterpret_cast<const Doubles*>(x + stride) - h) - l;
@@ -174,7 +181,8 @@ void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const do
       const T* from = x + row * stride + k;
       T* to = packed + (column / width * depth + k) * width + column % width;
       if (count == block && rows - row >= side && width - column % width >= side) {
-        for (int64_t c = 0; c < block; c += side) Corner::turn(from + c, stride, high + c, low + c, to + c * width, width);
+        for (int64_t c = 0; c < block; c += side)
+          Corner::turn(from + c, stride, high + c, low + c, to + c * width, width);
         row += side;
       } else {
         for (int64_t c = 0; c < count; ++c) to[c * width] = (from[c] - high[c]) - low[c];
@@ -197,7 +205,8 @@ void fill_last_panel(T* packed, int64_t depth, int64_t count) {
 
 // Rows first to first + depth and columns begin to begin + columns of a square matrix plus its transpose.
 template <typename T, int64_t width = Tile<T>::columns>
-void pack_symmetric_sum(const T* x, int64_t size, int64_t first, int64_t depth, int64_t begin, int64_t columns, T* packed) {
+void pack_symmetric_sum(const T* x, int64_t size, int64_t first, int64_t depth, int64_t begin, int64_t columns,
+                        T* packed) {
   for (int64_t panel = 0; panel < columns; panel += width) {
     const int64_t used = least(width, columns - panel);
     for (int64_t k = 0; k < depth; ++k) {
@@ -209,12 +218,13 @@ void pack_symmetric_sum(const T* x, int64_t size, int64_t first, int64_t depth, 
   }
 }
 
-// Columns begin to begin + columns of weight · Xc S, for centred rows Xc of x and a symmetric S: `square`, or what it and its
-// transpose add up to. Scratch holds depth · (columns + rows_at_once) values and one more panel of each.
+// Columns begin to begin + columns of weight · Xc S, for centred rows Xc of x and a symmetric S: `square`, or what it
+// and its transpose add up to. Scratch holds depth · (columns + rows_at_once) values and one more panel of each.
 template <typename T>
 void multiply_samples(const T* x, int64_t stride, int64_t rows, int64_t size, const double* mean, const T* square,
-                      bool add_transpose, int64_t begin, int64_t columns, int64_t depth, T weight, T* to, T* scratch) {
-  constexpr int64_t rows_at_once = 64, width = Tile<T>::columns;
+                      bool add_transpose, int64_t begin, int64_t columns, int64_t depth, int64_t rows_at_once, T weight,
+                      T* to, T* scratch) {
+  constexpr int64_t width = Tile<T>::columns;
   T* left = scratch + (columns + width - 1) / width * width * depth;
   for (int64_t k = 0; k < size; k += depth) {
     const int64_t count = least(depth, size - k);
@@ -245,7 +255,8 @@ void mirror(T* x, int64_t size, int64_t begin, int64_t end) {
           Corner::turn(x + j * size + i, size, zeros, zeros, x + i * size + j, size);
         } else {
           for (int64_t row = i; row < least(i + side, last); ++row) {
-            for (int64_t column = j; column < least(j + side, row); ++column) x[row * size + column] = x[column * size + row];
+            for (int64_t column = j; column < least(j + side, row); ++column)
+              x[row * size + column] = x[column * size + row];
           }
         }
       }
@@ -253,28 +264,57 @@ void mirror(T* x, int64_t size, int64_t begin, int64_t end) {
   }
 }
 
-// Means of columns in float64. That of float64 columns is taken twice: there is no wider sum to take it from.
+// Means of columns in float64, and the largest of their variances if `largest` is not null. The mean of float64 columns
+// is taken twice: there is no wider sum to take it from.
 template <typename T>
-void column_means(const T* x, int64_t rows, int64_t stride, int64_t columns, double* means) {
+void column_means(const T* x, int64_t rows, int64_t stride, int64_t columns, double* means, double* largest) {
   constexpr int64_t block = 64;
+  constexpr bool twice = sizeof(T) == sizeof(double);
   const double divisor = static_cast<double>(rows);
   for (int64_t begin = 0; begin < columns; begin += block) {
     const int64_t count = least(block, columns - begin);
-    double sum[block] = {}, rest[block] = {};
+    double sum[block] = {}, rest[block] = {}, squares[block] = {};
     for (int64_t row = 0; row < rows; ++row) {
       const T* values = x + row * stride + begin;
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) sum[j] += static_cast<double>(values[j]);
-    }
-    for (int64_t j = 0; j < count; ++j) sum[j] /= divisor;
-    if (sizeof(T) == sizeof(double)) {
-      for (int64_t row = 0; row < rows; ++row) {
-        const T* values = x + row * stride + begin;
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) rest[j] += static_cast<double>(values[j]) - sum[j];
+      for (int64_t j = 0; j < count; ++j) {
+        const double value = static_cast<double>(values[j]);
+        sum[j] += value;
+        squares[j] += value * value;
       }
     }
-    for (int64_t j = 0; j < count; ++j) means[begin + j] = sum[j] + rest[j] / divisor;
+    for (int64_t j = 0; j < count; ++j) {
+      sum[j] /= divisor;
+      squares[j] = twice ? 0 : squares[j] - divisor * sum[j] * sum[j];
+    }
+    for (int64_t row = 0; twice && row < rows; ++row) {
+      const T* values = x + row * stride + begin;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const double centred = static_cast<double>(values[j]) - sum[j];
+        rest[j] += centred;
+        squares[j] += centred * centred;
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      means[begin + j] = sum[j] + rest[j] / divisor;
+      if (largest && squares[j] > *largest * divisor) *largest = squares[j] / divisor;
+    }
+  }
+}
+
+// Centres the columns of x. What is left of float64 means when they are rounded goes with it.
+template <typename T>
+void centre_columns(T* x, int64_t rows, int64_t stride, int64_t columns) {
+  constexpr int64_t block = 64;
+  double mean[block];
+  for (int64_t begin = 0; begin < columns; begin += block) {
+    const int64_t count = least(block, columns - begin);
+    column_means(x + begin, rows, stride, count, mean, nullptr);
+    for (int64_t row = 0; row < rows; ++row) {
+      T* values = x + row * stride + begin;
+      for (int64_t j = 0; j < count; ++j) values[j] -= static_cast<T>(mean[j]);
+    }
   }
 }
 

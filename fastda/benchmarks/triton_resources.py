@@ -145,8 +145,8 @@ def launches_of(case: Case | None) -> list[Launch]:
     """Forward and backward, with gradients for all inputs."""
     if case is None:
         num_samples, num_features = [64] * 3, [256, 512, 64]
-        features = torch.empty(2 * sum(64 * d for d in num_features), device="meta")
-        tensors, constants = (features,), (num_samples, num_samples, num_features, [1.0] * 3, 1, "paper")
+        domain = torch.empty(sum(64 * d for d in num_features), device="meta")
+        tensors, constants = (domain, domain), (num_samples, num_samples, num_features, [1.0] * 3, 1, "paper")
         forward, backward = coral.coral_layers, coral.coral_layers_backward
     else:
         tensors = case.make(case.sizes, lambda *shape: torch.empty(shape, dtype=case.dtype, device="meta"), None)

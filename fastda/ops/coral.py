@@ -58,9 +58,9 @@ _coral_loss = fused(
 )
 
 
-def _layers_fake(features, num_source, num_target, num_features, weights, correction, scale):
-    *batch, _ = features.shape
-    like = accumulate(features)
+def _layers_fake(sources, targets, num_source, num_target, num_features, weights, correction, scale):
+    *batch, _ = sources.shape
+    like = accumulate(sources)
     sides = [torch.sym_min(ns + nt, d) for ns, nt, d in zip(num_source, num_target, num_features)]
     return (
         like.new_empty(*batch, len(num_features)),
@@ -70,32 +70,30 @@ def _layers_fake(features, num_source, num_target, num_features, weights, correc
     )
 
 
-def _layers_backward_fake(grad_losses, grad_mean_distances, features, *rest):
-    return features.new_empty(features.shape if rest[-1] else (0,))
+def _layers_formula(sources, targets, num_source, num_target, num_features, weights, correction, scale):
+    def each_of(flat, counts):
+        parts = flat.split([n * d for n, d in zip(counts, num_features)], -1)
+        return [part.unflatten(-1, (n, d)) for part, n, d in zip(parts, counts, num_features)]
 
-
-def _layers_formula(features, num_source, num_target, num_features, weights, correction, scale):
-    sizes = [n * d for ns, nt, d in zip(num_source, num_target, num_features) for n in (ns, nt)]
-    parts = iter(features.split(sizes, -1))
     losses, mean_distances = [], []
-    for weight, ns, nt, d in zip(weights, num_source, num_target, num_features):
-        source, target = next(parts).unflatten(-1, (ns, d)), next(parts).unflatten(-1, (nt, d))
+    for weight, source, target in zip(weights, each_of(sources, num_source), each_of(targets, num_target)):
         loss, mean_distance = _coral_formula(source, target, correction, scale)
         losses.append(weight * loss)
         mean_distances.append(weight * mean_distance)
     return torch.stack(losses, -1), torch.stack(mean_distances, -1)
 
 
-# All layers of a network, flat, one after the other: the rows of the source, then those of the target. What is saved is laid
-# out the same way.
+# All layers of a network, flat, one after the other: the samples of the source, and those of the target. What is saved is
+# laid out the same way.
 _coral_layers = fused(
-    "coral_layers(Tensor features, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights,"
-    " int correction, str scale) -> (Tensor losses, Tensor mean_distances, Tensor means, Tensor products)",
+    "coral_layers(Tensor sources, Tensor targets, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features,"
+    " float[] weights, int correction, str scale)"
+    " -> (Tensor losses, Tensor mean_distances, Tensor means, Tensor products)",
     _layers_fake,
-    "coral_layers_backward(Tensor grad_losses, Tensor grad_mean_distances, Tensor features, Tensor means, Tensor products,"
-    " SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights, int correction, str scale,"
-    " bool need_features) -> Tensor grad_features",
-    _layers_backward_fake,
+    "coral_layers_backward(Tensor grad_losses, Tensor grad_mean_distances, Tensor sources, Tensor targets, Tensor means,"
+    " Tensor products, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights, int correction,"
+    " str scale, bool need_sources, bool need_targets) -> (Tensor grad_sources, Tensor grad_targets)",
+    _coral_backward_fake,
     _layers_formula,
 )
 
@@ -167,10 +165,12 @@ def deep_coral_loss(
 
     shapes = ((source.shape[-2], target.shape[-2], source.shape[-1]) for source, target in pairs)
     # Numbers go into the op; compiled code would be compiled anew for each of their values, so there they stay outside.
+    weights = None if weights is None else list(weights)
     inside = not torch.compiler.is_compiling() and not any(isinstance(weight, Tensor) for weight in weights or ())
     factors = [1.0] * len(pairs) if weights is None or not inside else [float(weight) for weight in weights]
-    features = torch.cat([x.flatten(-2) for pair in pairs for x in pair], -1)
-    losses, mean_distances, *_ = _coral_layers(features, *map(list, zip(*shapes)), factors, correction, scale)
+    flat_sources, flat_targets = (torch.cat([x.flatten(-2) for x in domain], -1) for domain in zip(*pairs))
+    counts = map(list, zip(*shapes))
+    losses, mean_distances, *_ = _coral_layers(flat_sources, flat_targets, *counts, factors, correction, scale)
     if mean_weight != 0:
         losses = losses + mean_weight * mean_distances
     if inside:

@@ -221,12 +221,12 @@ def test_the_number_of_launches_does_not_depend_on_the_layers(num_layers):
     from fastda.kernels.triton import coral, problem
 
     sizes = [5] * num_layers, [6] * num_layers, [20, 30, 40, 50][:num_layers]
-    features = torch.empty(sum(11 * d for d in sizes[2]), device="meta")
+    domains = [torch.empty(sum(count * d for d in sizes[2]), device="meta") for count in (5, 6)]
     constants = (*sizes, [1.0] * num_layers, 1, "paper")
     problem.noted.clear()
-    *grads, means, products = coral.coral_layers(features, *constants)
+    *grads, means, products = coral.coral_layers(*domains, *constants)
     assert len(problem.noted) == 2
-    coral.coral_layers_backward(*grads, features, means, products, *constants, True)
+    coral.coral_layers_backward(*grads, *domains, means, products, *constants, True, True)
     assert len(problem.noted) == 4
     problem.noted.clear()
 
@@ -256,6 +256,6 @@ def test_a_direct_call_is_checked():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             torch.ops.fastda.coral_loss(*arguments)
-    with pytest.raises(ValueError, match="features: expected 18 a batch element"):
-        torch.ops.fastda.coral_layers(torch.ones(17), [3], [3], [3], [1.0], 1, "paper")
+    with pytest.raises(ValueError, match="targets: expected 9 a batch element"):
+        torch.ops.fastda.coral_layers(torch.ones(9), torch.ones(8), [3], [3], [3], [1.0], 1, "paper")
 

@@ -30,7 +30,7 @@ def backward(
     """Write the gradients that are needed into `grads`.
 
     incoming: of losses and mean distances, each (batch, layers).
-    grads: contiguous; the same tensor twice for flat layers.
+    grads: contiguous.
     """
     sizes, blocks, like = plan.sizes, plan.blocks, domains.source
     dtype = accumulator(like.dtype)

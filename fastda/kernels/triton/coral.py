@@ -85,7 +85,8 @@ def coral_loss_backward(
 
 
 def coral_layers(
-    features: Tensor,
+    sources: Tensor,
+    targets: Tensor,
     num_source: list[int],
     num_target: list[int],
     num_features: list[int],
@@ -93,17 +94,18 @@ def coral_layers(
     correction: int,
     scale: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layers = check_layers(features, num_source, num_target, num_features, weights, correction)
-    batch = features.shape[:-1]
-    plan = plan_forward(layers, math.prod(batch), features.dtype, features.device, True)
-    results = forward(flat(features), plan, correction, scale, in_parts(weights))
+    layers = check_layers(sources, targets, num_source, num_target, num_features, weights, correction)
+    batch = sources.shape[:-1]
+    plan = plan_forward(layers, math.prod(batch), sources.dtype, sources.device, True)
+    results = forward(flat(sources, targets), plan, correction, scale, in_parts(weights))
     return tuple(result.view(*batch, result.shape[-1]) for result in results)
 
 
 def coral_layers_backward(
     grad_losses: Tensor,
     grad_mean_distances: Tensor,
-    features: Tensor,
+    sources: Tensor,
+    targets: Tensor,
     means: Tensor,
     products: Tensor,
     num_source: list[int],
@@ -112,39 +114,42 @@ def coral_layers_backward(
     weights: list[float],
     correction: int,
     scale: str,
-    need_features: bool,
-) -> Tensor:
-    layers = check_layers(features, num_source, num_target, num_features, weights, correction)
-    if not need_features:
-        return features.new_empty(0)
-    grad = features.new_empty(features.shape)
+    need_sources: bool,
+    need_targets: bool,
+) -> tuple[Tensor, Tensor]:
+    layers = check_layers(sources, targets, num_source, num_target, num_features, weights, correction)
+    needs = need_sources, need_targets
+    grads = tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((sources, targets), needs))
     backward(
         (flatten(grad_losses, 1), flatten(grad_mean_distances, 1)),
-        flat(features),
+        flat(sources, targets),
         flatten(means, 1).contiguous(),
         flatten(products, 1).contiguous(),
-        plan_backward(layers, math.prod(features.shape[:-1]), features.dtype, True, (True, True)),
+        plan_backward(layers, math.prod(sources.shape[:-1]), sources.dtype, True, needs),
         correction,
         scale,
-        2 * (flatten(grad, 1),),
-        (True, True),
+        tuple(flatten(grad, 1) if need else grad for grad, need in zip(grads, needs)),
+        needs,
         weights=in_parts(weights),
     )
-    return grad
+    return grads
 
 
-def flat(features: Tensor) -> Domains:
-    rows = flatten(features, 1)
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    return Domains(rows, rows, True)
+def flat(sources: Tensor, targets: Tensor) -> Domains:
+    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (flatten(sources, 1), flatten(targets, 1))]
+    return Domains(*rows, True)
 
 
-def check_layers(features, num_source, num_target, num_features, weights, correction):
+def check_layers(sources, targets, num_source, num_target, num_features, weights, correction):
     check_samples((*num_source, *num_target), correction)
-    total = sum((s + t) * d for s, t, d in zip(num_source, num_target, num_features))
-    if not len(num_source) == len(num_target) == len(num_features) == len(weights) > 0 or features.shape[-1] != total:
-        raise ValueError(
-            f"features: expected {total} a batch element for layers of {list(num_source)} and {list(num_target)} samples "
-            f"of {list(num_features)} features, got shape {tuple(features.shape)}; flatten and join the layers"
-        )
+    for name, x, counts in (("sources", sources, num_source), ("targets", targets, num_target)):
+        total = sum(n * d for n, d in zip(counts, num_features))
+        if not len(counts) == len(num_features) == len(weights) > 0 or x.shape[-1] != total:
+            raise ValueError(
+                f"{name}: expected {total} a batch element for layers of {list(counts)} samples of {list(num_features)} "
+                f"features, got shape {tuple(x.shape)}; flatten and join the layers"
+            )
+    if sources.shape[:-1] != targets.shape[:-1]:
+        expected = f"the batch dimensions of sources, {tuple(sources.shape)}"
+        raise ValueError(f"targets: expected {expected}, got shape {tuple(targets.shape)}; pass matching features")
     return layers_of(num_source, num_target, num_features)

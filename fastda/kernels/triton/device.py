@@ -45,19 +45,19 @@ def locate(
     source_row,
     target_row,
     batch,
-    features,
-    s,
+    first_source,
+    first_target,
     d,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Where the two domains of a layer begin, and the strides of their rows."""
-    source += batch * tl.multiple_of(source_batch.to(tl.int64), ALIGN) + features
+    source += batch * tl.multiple_of(source_batch.to(tl.int64), ALIGN) + first_source
+    target += batch * tl.multiple_of(target_batch.to(tl.int64), ALIGN) + first_target
     if FLAT:
         row = tl.multiple_of(d.to(tl.int64), ALIGN)
-        return source, source + s * row, row, row
+        return source, target, row, row
     else:
-        target += batch * tl.multiple_of(target_batch.to(tl.int64), ALIGN)
         source_row = tl.multiple_of(source_row.to(tl.int64), ALIGN)
         return source, target, source_row, tl.multiple_of(target_row.to(tl.int64), ALIGN)
 
@@ -100,19 +100,22 @@ def find_layer(
     ROUTE: tl.constexpr,
 ):
     """The layer of a program, its place among the layer's programs, the layer's sizes, and where its data begin:
-    features, means, products (in elements), tiles, partial products (both counted in tiles)."""
+    source, target, means, products (in elements), tiles, partial products (both counted in tiles)."""
     layer, first, end = tl.zeros((), tl.int64), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     s, t, d, c = (num_source[0] >> 4), (num_target[0] >> 4), (num_features[0] >> 4), (chunk[0] >> 4)
-    features, means, products = tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    source, target = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    means, products = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     tiles, partials = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-    all_features, all_means, all_products, all_tiles, all_partials = features, means, products, tiles, partials
+    all_source, all_target, all_means, all_products = source, target, means, products
+    all_tiles, all_partials = tiles, partials
     for i in tl.static_range(1, LAYERS):
         before_s, before_t = (num_source[i - 1] >> 4), (num_target[i - 1] >> 4)
         before_d, before_c = (num_features[i - 1] >> 4), (chunk[i - 1] >> 4)
         gram = goes_gram(before_s, before_t, before_d, ROUTE)
         side = tl.where(gram, before_s + before_t, before_d).to(tl.int64)
         count = num_tiles(before_s, before_t, before_d, gram, BLOCK).to(tl.int64)
-        all_features += (before_s + before_t).to(tl.int64) * before_d
+        all_source += before_s.to(tl.int64) * before_d
+        all_target += before_t.to(tl.int64) * before_d
         all_means += 2 * before_d
         all_products += side * side
         all_tiles += count
@@ -122,10 +125,10 @@ def find_layer(
         layer, first = tl.where(here, i, layer), tl.where(here, end, first)
         s, t = tl.where(here, (num_source[i] >> 4), s), tl.where(here, (num_target[i] >> 4), t)
         d, c = tl.where(here, (num_features[i] >> 4), d), tl.where(here, (chunk[i] >> 4), c)
-        features, means = tl.where(here, all_features, features), tl.where(here, all_means, means)
-        products, tiles = tl.where(here, all_products, products), tl.where(here, all_tiles, tiles)
-        partials = tl.where(here, all_partials, partials)
-    return layer, program - first, s, t, d, c, features, means, products, tiles, partials
+        source, target = tl.where(here, all_source, source), tl.where(here, all_target, target)
+        means, products = tl.where(here, all_means, means), tl.where(here, all_products, products)
+        tiles, partials = tl.where(here, all_tiles, tiles), tl.where(here, all_partials, partials)
+    return layer, program - first, s, t, d, c, source, target, means, products, tiles, partials
 
 
 def in_parts(weights) -> tuple[float, ...]:

@@ -53,7 +53,7 @@ def careful_gram_kernel(
     """The Gram matrix again, in float64, for those samples whose similarities to the two domains cancel."""
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
-    layer, local, s, t, d, c, features, first_mean, first_product, _, _ = find_layer(
+    layer, local, s, t, d, c, first_source, first_target, first_mean, first_product, _, _ = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, ROUTE
     )
     of_source = (s + BLOCK - 1) // BLOCK
@@ -88,8 +88,9 @@ def careful_gram_kernel(
     if other == 0:
         tl.store(cancelled + place_of_flag + block, flag)
     source, target, source_row, target_row = locate(
-        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
-    )
+        source, target, source_batch, target_batch, source_row, target_row, batch,
+        first_source, first_target, d, FLAT, ALIGN,
+    )  # fmt: skip
     if CONTIGUOUS:
         source_column, target_column = 1, 1
     if flag != 0:
@@ -284,7 +285,7 @@ def gradient_kernel(
     """The gradient of some features of some samples of one domain."""
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
-    layer, local, s, t, d, c, features, first_mean, first_product, _, _ = find_layer(
+    layer, local, s, t, d, c, first_source, first_target, first_mean, first_product, _, _ = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, ROUTE
     )
     d = tl.multiple_of(d, ALIGN)
@@ -298,14 +299,13 @@ def gradient_kernel(
     columns = column * WIDTH + tl.arange(0, WIDTH)
     within_columns = columns < d
     source, target, source_row, target_row = locate(
-        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
-    )
+        source, target, source_batch, target_batch, source_row, target_row, batch,
+        first_source, first_target, d, FLAT, ALIGN,
+    )  # fmt: skip
     if CONTIGUOUS:
         source_column, target_column = 1, 1
-    grad_source += batch * tl.multiple_of(out_source_batch.to(tl.int64), ALIGN) + features
-    grad_target += batch * tl.multiple_of(out_target_batch.to(tl.int64), ALIGN) + features
-    if FLAT:
-        grad_target += s.to(tl.int64) * d
+    grad_source += batch * tl.multiple_of(out_source_batch.to(tl.int64), ALIGN) + first_source
+    grad_target += batch * tl.multiple_of(out_target_batch.to(tl.int64), ALIGN) + first_target
     mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
     if ROUTE == "difference":
         products_batch = tl.multiple_of(products_batch.to(tl.int64), ALIGN)

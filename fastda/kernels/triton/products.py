@@ -55,7 +55,7 @@ def means_kernel(
     """Means of a block of columns of one domain. It also zeroes the counters of the kernels that follow."""
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
-    layer, local, s, t, d, c, features, first_mean, _, _, _ = find_layer(
+    layer, local, s, t, d, c, first_source, first_target, first_mean, _, _, _ = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, 16, "difference"
     )
     if local == 0:
@@ -66,8 +66,9 @@ def means_kernel(
     columns = block // DOMAINS * COLUMNS + tl.arange(0, COLUMNS)
     within = columns < d
     source, target, source_row, target_row = locate(
-        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
-    )
+        source, target, source_batch, target_batch, source_row, target_row, batch,
+        first_source, first_target, d, FLAT, ALIGN,
+    )  # fmt: skip
     if CONTIGUOUS:
         source_column, target_column = 1, 1
     x = tl.where(of_target, target, source)
@@ -266,7 +267,7 @@ def scatter_tile(
 
 @kernel
 def products_kernel(
-    source,  # (batch, Ns, D), or all layers after one another where FLAT
+    source,  # (batch, Ns, D), or its layers one after the other where FLAT
     target,  # (batch, Nt, D)
     means,  # (batch, 2, D) float64: read, or written where FUSED_MEANS
     partials,  # (batch, tiles, chunks, BLOCK, BLOCK)
@@ -301,7 +302,7 @@ def products_kernel(
     """One tile of the products, over one chunk of what they are summed over."""
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
-    layer, local, s, t, d, c, features, first_mean, _, _, first_partial = find_layer(
+    layer, local, s, t, d, c, first_source, first_target, first_mean, _, _, first_partial = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, ROUTE
     )
     if FUSED_MEANS:
@@ -310,8 +311,9 @@ def products_kernel(
             tl.store(counter + tl.arange(0, 2), tl.zeros((2,), tl.int32))
     d = tl.multiple_of(d, ALIGN)
     source, target, source_row, target_row = locate(
-        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
-    )
+        source, target, source_batch, target_batch, source_row, target_row, batch,
+        first_source, first_target, d, FLAT, ALIGN,
+    )  # fmt: skip
     if CONTIGUOUS:
         source_column, target_column = 1, 1
     mean = means + batch * tl.multiple_of(means_batch.to(tl.int64), ALIGN) + first_mean
@@ -415,7 +417,7 @@ def total_kernel(
     SLICES: tl.constexpr = BLOCK // SLICE
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
-    layer, local, s, t, d, c, _, first_mean, first_product, first_tile, first_partial = find_layer(
+    layer, local, s, t, d, c, _, _, first_mean, first_product, first_tile, first_partial = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, ROUTE
     )
     gram = goes_gram(s, t, d, ROUTE)
@@ -538,13 +540,14 @@ def careful_loss_kernel(
     does not cancel. Elsewhere nothing is done."""
     program = tl.program_id(0)
     batch = (program // total).to(tl.int64)
-    layer, local, s, t, d, c, features, first_mean, _, _, _ = find_layer(
+    layer, local, s, t, d, c, first_source, first_target, first_mean, _, _, _ = find_layer(
         program % total, num_source, num_target, num_features, chunk, programs, LAYERS, BLOCK, "difference"
     )
     pair = batch * LAYERS + layer
     source, target, source_row, target_row = locate(
-        source, target, source_batch, target_batch, source_row, target_row, batch, features, s, d, FLAT, ALIGN
-    )
+        source, target, source_batch, target_batch, source_row, target_row, batch,
+        first_source, first_target, d, FLAT, ALIGN,
+    )  # fmt: skip
     if CONTIGUOUS:
         source_column, target_column = 1, 1
     if tl.load(cancelled + pair) != 0:
