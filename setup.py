@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,23 +18,55 @@ WITHOUT_COMPILING = {"egg_info", "dist_info", "sdist"}
 
 # Apple's clang has no OpenMP: the kernels use one thread there, and `fastda doctor` says so.
 OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
-OPTIONS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
+# Without traps a comparison can become a vector operation; NaN and Inf are kept, unlike under -ffast-math.
+OPTIONS = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-trapping-math", "-g0", "-Wall", "-fvisibility=hidden"]
+
+
+# Where no architectures are chosen and none can be asked for: those that most machines have, and code for newer ones.
+ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
+
+
+def without_cuda() -> str:
+    """Why the kernels for CUDA are left out; empty where they are built. Whether a GPU is there does not matter."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not any(Path(CUDA_HOME, "bin", name).is_file() for name in ("nvcc", "nvcc.exe")):
+        cure = f"install one of version {torch.version.cuda} and set CUDA_HOME"
+        return f"no CUDA toolkit found (CUDA_HOME is {CUDA_HOME}); {cure}"
+    release = subprocess.check_output([Path(CUDA_HOME, "bin", "nvcc"), "--version"], text=True)
+    version = re.search(r"release (\d+)\.", release).group(1)
+    if version != torch.version.cuda.partition(".")[0]:
+        cure = "set CUDA_HOME to one that fits"
+        return f"the toolkit at {CUDA_HOME} is of CUDA {version}, torch of {torch.version.cuda}; {cure}"
+    return ""
 
 
 def compiled_core() -> dict:
     """What setup() needs to build the extension and, beside it, the stamp that says what it was built for."""
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    no_cuda = without_cuda()
+    if no_cuda and os.environ.get("FASTDA_FORCE_CUDA") == "1":
+        raise SystemExit(f"fastda cannot compile its kernels for CUDA, which FASTDA_FORCE_CUDA=1 asks for: {no_cuda}")
+    if not no_cuda and torch.cuda.device_count() == 0:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    Extension = CppExtension if no_cuda else CUDAExtension
 
     version = runpy.run_path(str(ROOT / "fastda" / "version.py"))["__version__"]
     stamp = runpy.run_path(str(ROOT / "fastda" / "kernels" / "stamp.py"))
     stamp_file = os.path.join("fastda", stamp["FILE"])
-    sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
+    suffixes = (".cpp",) if no_cuda else (".cpp", ".cu")
+    files = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in files)
 
     class BuildWithStamp(BuildExtension):
         def build_extensions(self) -> None:
             super().build_extensions()
-            content = stamp["make"](ROOT / "csrc", version, torch.__version__, torch.version.cuda)
+            content = stamp["make"](ROOT / "csrc", version, torch.__version__, torch.version.cuda, no_cuda)
             Path(self.build_lib, stamp_file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
         def copy_extensions_to_source(self) -> None:  # pip install -e
@@ -46,7 +80,7 @@ def compiled_core() -> dict:
             in_tree = {os.path.join(self.build_lib, stamp_file): stamp_file} if self.inplace else {}
             return {**super().get_output_mapping(), **in_tree}
 
-    core = CppExtension(
+    core = Extension(
         "fastda._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
@@ -54,8 +88,9 @@ def compiled_core() -> dict:
             ("FASTDA_VERSION", version),
             ("FASTDA_TORCH_VERSION", torch.__version__),
             ("FASTDA_CUDA_VERSION", torch.version.cuda or ""),
+            *([] if no_cuda else [("FASTDA_WITH_CUDA", None)]),
         ],
-        extra_compile_args=[*OPTIONS, *OPENMP],
+        extra_compile_args={"cxx": [*OPTIONS, *OPENMP], "nvcc": ["-O3"]},
         extra_link_args=[] if sys.platform == "win32" else OPENMP,
     )
     return {"ext_modules": [core], "cmdclass": {"build_ext": BuildWithStamp}}

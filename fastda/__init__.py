@@ -4,7 +4,7 @@
     import fastda as F              # the same names and signatures, on compiled kernels
 """
 
-from . import schedules
+from . import nn, schedules
 from .accumulate import CovarianceAccumulator
 from .backend import use_backend
 from .ops import (
@@ -37,6 +37,7 @@ __all__ = [
     "gradient_reversal_fork",
     "gradient_reversal_linear",
     "nearest_prototype",
+    "nn",
     "pairwise_distance",
     "prototype_cross_entropy",
     "prototype_log_softmax",

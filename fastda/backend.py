@@ -1,13 +1,14 @@
 """Which backend serves which op, and every switch that decides it.
 
 ======================  ==============================================================================================
-`fastda.use_backend`    "auto" (by device, the default), "reference", "cpp" or "triton"; a context manager too
+`fastda.use_backend`    "auto" (by device, the default), "reference", "cpp", "cuda", "triton"; a context manager too
 `FASTDA_BACKEND`        the same, from the environment, read when fastda is imported
 ======================  ==============================================================================================
 
 Both concern the ops that have a kernel in that backend; the others are the reference. At installation
-`FASTDA_NO_KERNELS=1` leaves the compiled core out. `TRITON_INTERPRET=1`, Triton's own switch, set before Triton is imported,
-runs its kernels on CPU tensors, slowly: for tests.
+`FASTDA_NO_KERNELS=1` leaves the compiled core out, and `FASTDA_FORCE_CUDA=1` makes it an error where its kernels for
+CUDA cannot be built. `TRITON_INTERPRET=1`, Triton's own switch, set before Triton is imported, runs its kernels on CPU
+tensors, slowly: for tests.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from torch import Tensor
 from . import reference
 from .kernels import cpp, launchers
 
-BACKENDS = ("auto", "reference", "cpp", "triton")
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
+ADVERSARIAL = ("domain_adversarial_loss", "gradient_reversal", "gradient_reversal_fork", "gradient_reversal_linear")
 KERNELS = {
-    "cpp": ("coral_loss", "covariance", "deep_coral_loss", "gradient_reversal", "prototypical_loss"),
+    "cpp": ("coral_loss", "covariance", "deep_coral_loss", *ADVERSARIAL, "prototypical_loss"),
+    "cuda": ADVERSARIAL,
     "triton": ("coral_loss", "covariance", "deep_coral_loss"),
 }
 """Ops with a kernel of their own, by backend; every other op is the reference re-exported, under every setting."""
 
-DEVICES = {"cpp": "cpu", "triton": "cuda"}
+DEVICES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 """The device that a backend serves; Triton's interpreter serves the CPU."""
 
 _logger = logging.getLogger("fastda")
@@ -45,7 +48,8 @@ class use_backend:
 
     Args:
         name: "auto" chooses by device; "reference" is plain PyTorch everywhere; "cpp" the compiled core, on CPU tensors;
-            "triton" the Triton kernels, on CUDA tensors (and on CPU tensors where TRITON_INTERPRET=1 is set).
+            "cuda" its kernels for CUDA tensors; "triton" the Triton kernels, on CUDA tensors (and on CPU tensors where
+            TRITON_INTERPRET=1 is set).
 
     Raises:
         ValueError: an unknown name.
@@ -116,6 +120,18 @@ def serve(op: str, x: Tensor) -> str:
     return _requested
 
 
+def eager_core(x: Tensor):
+    """The compiled core where an eager call on `x` may go straight to it, to be checked there; None where it may not.
+
+    For the ops of ADVERSARIAL, whose cost is that of the call.
+    """
+    if torch.compiler.is_compiling() or _requested not in ("auto", "cpp", "cuda"):
+        return None
+    if _requested != "auto" and not (isinstance(x, Tensor) and x.device.type == DEVICES[_requested]):
+        return None
+    return cpp.library
+
+
 def _devices(backend: str) -> tuple[str, ...]:
     """What a backend serves, as things stand."""
     return (DEVICES[backend],) if _interpreter is None else ("cpu",)
@@ -135,6 +151,8 @@ def _reason_absent(backend: str) -> str:
     if backend in DEVICES and not cpp.status.available:
         derivatives = " (it carries the derivatives of all fused ops)" * (backend != "cpp")
         return f"the compiled core{derivatives} is {cpp.status.reason}"
+    if backend == "cuda" and "cuda" not in cpp.devices:
+        return f"the compiled core is built without kernels for cuda ({cpp.status.stamp['CUDA kernels']})"
     if backend == "triton":
         if launchers.ABSENT:
             return launchers.ABSENT
@@ -150,6 +168,8 @@ def _automatic(op: str, device: str) -> tuple[str, str]:
         return "reference", f"no kernel for {device} yet"
     if not cpp.status.available:
         return "reference", f"the compiled core is {cpp.status.reason}"
+    if backend == "cuda" and "cuda" not in cpp.devices:
+        return "reference", _reason_absent("cuda")
     if backend == "triton" and launchers.ABSENT:
         return "reference", launchers.ABSENT
     return backend, ""

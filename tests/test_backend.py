@@ -58,9 +58,15 @@ def test_the_reference_really_runs(monkeypatch):
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match=r"^name: expected one of 'auto', 'reference', 'cpp', 'triton', got 'cuda'"):
-        fastda.use_backend("cuda")
+    with pytest.raises(ValueError, match="^name: expected one of 'auto', 'reference', 'cpp', 'cuda', 'triton', got 'f"):
+        fastda.use_backend("fast")
     assert backend.requested() == "auto"
+
+
+@pytest.mark.skipif("cuda" in cpp.devices, reason="the compiled core has kernels for CUDA")
+def test_asking_for_cuda_without_its_kernels_raises_with_the_reason():
+    with pytest.raises(RuntimeError, match=r"^name: backend 'cuda' cannot be had: .*kernels for cuda \(left out: "):
+        fastda.use_backend("cuda")
 
 
 def test_asking_for_an_absent_core_raises_with_the_reason(absent_core):
@@ -107,4 +113,4 @@ def test_the_environment_variable_chooses():
 
 def test_an_unknown_environment_variable_is_named_at_the_first_op():
     process = run("fast", "import torch, fastda; fastda.coral_loss(torch.eye(3), torch.eye(3))")
-    assert "ValueError: FASTDA_BACKEND: expected one of 'auto', 'reference', 'cpp', 'triton', got 'fast'" in process.stderr
+    assert "ValueError: FASTDA_BACKEND: expected one of 'auto', 'reference', 'cpp', 'cuda', 'tri" in process.stderr

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from ops_under_test import Draw, each_module
 from torch.testing import assert_close
 
+import fastda
+import fastda.reference
+
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 logits = st.builds(
     lambda seed, *shape: Draw(dtype=torch.float64, seed=seed).normal(*shape, deviation=4.0),
@@ -68,3 +71,22 @@ def test_no_samples(module):
     assert module.domain_adversarial_loss(some, none).isnan()
     assert_close(module.domain_adversarial_loss(none, some, reduction="sum"), 3 * torch.tensor(2.0).log())
     assert module.domain_adversarial_loss(none, some, reduction="none")[0].shape == (0,)
+
+
+@pytest.mark.parametrize("shapes", [((0,), (3,)), ((2, 1), (0, 1)), ((0,), (0,)), ((0, 0), ())], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_second_derivatives_without_samples(shapes, weighted, reduction):
+    """What autograd makes of 0/0: the same with kernels as without."""
+    found = []
+    for module in (fastda.reference, fastda):
+        inputs = [Draw(dtype=torch.float64, seed=i).normal(*shape).requires_grad_() for i, shape in enumerate(shapes)]
+        weights = [x.detach().abs().requires_grad_() if weighted else None for x in inputs]
+        options = {"source_weight": weights[0], "target_weight": weights[1], "reduction": reduction}
+        loss = module.domain_adversarial_loss(*inputs, **options)
+        inputs += weights if weighted else []
+        incoming = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        first = torch.autograd.grad(loss, inputs, incoming, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), [*inputs, incoming], materialize_grads=True)
+        found.append([*first, *second])
+    assert_close(found[1], found[0], equal_nan=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def test_the_stamp_says_what_the_library_says():
     info = cpp.library.build_info()
     shared = ("fastda", "torch", "cuda")
     assert {key: info[key] for key in shared} == {key: cpp.status.stamp[key] for key in shared}
-    assert cpp.status.stamp.keys() == {"fastda", "torch", "cuda", "python", "compiler", "sources"}
+    assert cpp.status.stamp.keys() == {"fastda", "torch", "cuda", "python", "compiler", "CUDA kernels", "sources"}
+    assert (cpp.status.stamp["CUDA kernels"] == "built") == ("cuda" in cpp.devices)
 
 
 def test_the_tests_run_against_the_installed_package():
@@ -233,6 +235,16 @@ def test_without_a_compiler_one_sentence_says_what_to_do(build_backend, monkeypa
     assert "apt install g++" in message
     assert "FASTDA_NO_KERNELS=1" in message
     assert "\n" not in message
+
+
+def test_cuda_that_is_asked_for_and_cannot_be_built_is_an_error():
+    environment = os.environ | {"FASTDA_FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}
+    environment.pop("FASTDA_NO_KERNELS", None)
+    command = [sys.executable, "setup.py", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "fastda cannot compile its kernels for CUDA, which FASTDA_FORCE_CUDA=1 asks for: " in done.stderr
+    assert "is built without CUDA" in done.stderr or "no CUDA toolkit found (CUDA_HOME is /nonexistent)" in done.stderr
 
 
 def test_without_kernels_neither_compiler_nor_torch_is_needed(build_backend, interpreter, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ops_under_test import METRICS, Draw, Sizes
 from tolerance import is_floating, random_like
+from torch import Tensor
 
 import fastda
 from fastda.reference.precision import accumulate
@@ -49,6 +50,21 @@ def gradient_reversal(sizes):
         yield x, torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def gradient_reversal_fork_backward(sizes):
+    """Lists of gradients; of one dtype, and mixed as under autocast."""
+    for dtype, other in zip(DTYPES, (torch.float32, torch.float64, torch.float32)):
+        first, second = Draw(sizes, dtype), Draw(sizes, other, seed=1)
+        yield tuple([draw.samples(3).mT, draw.normal(5)] for draw in (first, second)) + (torch.tensor(0.3),)
+
+
+def domain_adversarial_loss(sizes):
+    for dtype, reduction in zip(DTYPES, ("mean", "sum", "mean")):
+        draw = Draw(sizes, dtype)
+        source, target = draw.samples(sizes.samples), draw.samples(sizes.others)
+        reduction = reduction if source.numel() else "sum"  # the mean over none is NaN, which is not close to itself
+        yield source, target, source.abs() + 0.5, target.new_empty(0), len(sizes.batch), reduction
+
+
 def prototypical_loss(sizes):
     for dtype, metric in zip(DTYPES, METRICS):
         draw = Draw(sizes, dtype)
@@ -58,7 +74,22 @@ def prototypical_loss(sizes):
         yield support, queries, temperature, *labels, sizes.classes, metric
 
 
-SAMPLES = {f.__name__: f for f in (coral_layers, coral_loss, covariance, gradient_reversal, prototypical_loss)}
+SAMPLES = {
+    f.__name__: f
+    for f in (
+        coral_layers,
+        coral_loss,
+        covariance,
+        domain_adversarial_loss,
+        gradient_reversal,
+        gradient_reversal_fork_backward,
+        prototypical_loss,
+    )
+}
+
+
+def asking(x: Tensor) -> Tensor:
+    return x.requires_grad_() if is_floating(x) else x
 
 
 def registered() -> list[str]:
@@ -67,13 +98,13 @@ def registered() -> list[str]:
 
 
 def samples(name: str):
-    """Arguments for an op; those of a backward op follow from its forward op's."""
-    forward = name.removesuffix("_backward")
+    """Arguments for an op; those of a backward op follow from its forward op's, unless it is in the table itself."""
+    forward = name if name in SAMPLES else name.removesuffix("_backward")
     op, backward = (getattr(torch.ops.fastda, n).default for n in (forward, name))
     for sizes in SIZES:
         for sample in SAMPLES[forward](sizes):
             if name == forward:
-                yield op, tuple(x.requires_grad_() if is_floating(x) else x for x in sample)
+                yield op, torch.utils._pytree.tree_map_only(Tensor, asking, sample)
                 continue
             results = op(*sample)
             values = sum(argument.name.startswith("grad_") for argument in backward._schema.arguments)
@@ -86,7 +117,7 @@ def samples(name: str):
 
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name):
-    assert name.removesuffix("_backward") in SAMPLES, f"fastda::{name} has no sample in this table"
+    assert {name, name.removesuffix("_backward")} & SAMPLES.keys(), f"fastda::{name} has no sample in this table"
     for op, sample in samples(name):
         torch.library.opcheck(op, sample)
 

@@ -124,7 +124,7 @@ def test_compiles_once_for_all_values(op):
 
 
 @pytest.mark.parametrize("module", [fastda, fastda.reference], ids=["fastda", "reference"])
-@pytest.mark.parametrize("option", ["mean_weight", "temperature", "lambd"])
+@pytest.mark.parametrize("option", ["mean_weight", "temperature", "lambd", "lambd of fork", "lambd of linear"])
 def test_a_number_recompiles_at_most_once(option, module):
     x, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).chunk(2)
     x.requires_grad_()
@@ -133,6 +133,8 @@ def test_a_number_recompiles_at_most_once(option, module):
         "mean_weight": lambda value: module.coral_loss(x, y, mean_weight=value),
         "temperature": lambda value: module.prototypical_loss(x, labels, y, labels, 2, temperature=value),
         "lambd": lambda value: module.gradient_reversal(x, value).sin(),
+        "lambd of fork": lambda value: torch.mul(*module.gradient_reversal_fork(x, value)),
+        "lambd of linear": lambda value: torch.mul(*module.gradient_reversal_linear(x, y[:1], None, value)),
     }[option]
     one_graph, counter = compiled(function, dynamic=None)
     for i in range(11):
@@ -231,7 +233,17 @@ def test_autocast_changes_nothing(op, module):
     assert bits(results(under_autocast, arguments, constant=op.constants)) == bits(expected)
 
 
-@pytest.mark.parametrize("name", ["coral_loss", "deep_coral_loss", "prototypical_loss", "gradient_reversal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coral_loss",
+        "deep_coral_loss",
+        "prototypical_loss",
+        "domain_adversarial_loss",
+        "gradient_reversal",
+        "gradient_reversal_fork",
+    ],
+)
 def test_autocast_changes_no_gradient_of_a_kernel(name):
     """Also where backward runs under autocast, as it does in torch.func.grad."""
     op = BY_NAME[name]

@@ -20,7 +20,7 @@ from .correctness import asking, call, incoming_gradients
 
 
 @contextmanager
-def _silent_profiler() -> Iterator[None]:
+def silent_profiler() -> Iterator[None]:
     """The profiler of PyTorch 2.13 writes a line to standard error, past Python, each time it starts or stops."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -42,7 +42,7 @@ def peak(function: Callable[[], object], device: str = "cpu") -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _silent_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
+    with silent_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
         kept = function()
     del kept
     allocated = largest = 0
@@ -70,7 +70,7 @@ def memory(function: Callable, arguments: tuple, device: str, seed: int = 0) -> 
         nonlocal results
         results = call(function, arguments)
         if inputs:
-            results += torch.autograd.grad(results, inputs, incoming)
+            results += torch.autograd.grad(results, inputs, incoming, materialize_grads=True)
 
     largest = peak(forward_and_backward, device)
     return {"peak": largest, "extra": max(0, largest - _own_bytes(results, arguments))}

@@ -109,3 +109,5 @@ def load(package: Path = PACKAGE, csrc: Path = CSRC, search_path: Sequence[str] 
 status = load()
 library = sys.modules.get(MODULE)
 """The module `fastda._C`, or None."""
+devices = library.build_info()["devices"] if library else ()
+"""Types of the devices that it has kernels for."""

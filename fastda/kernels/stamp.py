@@ -17,14 +17,17 @@ FILE = "_C.json"
 SOURCES = (".cpp", ".h", ".cu", ".cuh")
 
 
-def make(csrc: Path, version: str, torch_version: str, cuda_version: str | None) -> dict[str, str | None]:
-    """The stamp of a build of the sources under `csrc` in this environment."""
+def make(
+    csrc: Path, version: str, torch_version: str, cuda_version: str | None, without_cuda: str
+) -> dict[str, str | None]:
+    """The stamp of a build of the sources under `csrc` in this environment; `without_cuda`: why CUDA was left out."""
     return {
         "fastda": version,
         "torch": torch_version,
         "cuda": cuda_version,
         "python": sys.implementation.cache_tag,
         "compiler": compiler(),
+        "CUDA kernels": f"left out: {without_cuda}" if without_cuda else "built",
         "sources": sources_hash(csrc),
     }
 

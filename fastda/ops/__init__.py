@@ -6,9 +6,6 @@ An op that has no kernel yet is the reference, re-exported.
 from ..kernels import cpp
 from ..reference import (
     class_means,
-    domain_adversarial_loss,
-    gradient_reversal_fork,
-    gradient_reversal_linear,
     nearest_prototype,
     pairwise_distance,
     prototype_cross_entropy,
@@ -18,7 +15,8 @@ from ..reference import (
 from . import fused
 from .coral import coral_loss, deep_coral_loss
 from .covariance import covariance
-from .gradient_reversal import gradient_reversal
+from .domain_loss import domain_adversarial_loss
+from .gradient_reversal import gradient_reversal, gradient_reversal_fork, gradient_reversal_linear
 from .prototypes import prototypical_loss
 
 if cpp.status.available:

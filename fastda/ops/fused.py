@@ -48,7 +48,11 @@ def define(schema: str, fake: Callable) -> Callable:
 
 
 def _batch_rule(op: Callable) -> Callable:
-    """Ops take any leading batch dimensions, so vmap is one more: in front, expanded where an argument lacks it."""
+    """Ops take any leading batch dimensions, so vmap is one more: in front, expanded where an argument lacks it.
+
+    An op whose samples may have several dimensions says how many come before them, in its argument `batch_dims`.
+    """
+    names = [argument.name for argument in op._schema.arguments]
 
     def rule(info, in_dims, *args):
         def batched(arg, dim):
@@ -56,7 +60,7 @@ def _batch_rule(op: Callable) -> Callable:
                 return arg
             return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
-        outputs = op(*map(batched, args, in_dims))
+        outputs = op(*(x + 1 if name == "batch_dims" else x for name, x in zip(names, map(batched, args, in_dims))))
         if isinstance(outputs, Tensor):
             return outputs, 0
         # A gradient that nobody asked for is empty, and has no batch.

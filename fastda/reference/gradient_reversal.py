@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,9 @@ class _Reverse(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, lambd: Tensor) -> Tensor:
-        return x.view_as(x)
+        # torch.compile makes aliases among a graph's results anew from what they alias, and would lose the reversal
+        # (seen up to torch 2.13). Inductor drops a copy that it does not need.
+        return x.clone() if torch.compiler.is_compiling() else x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -71,10 +75,12 @@ def gradient_reversal(x: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
     Args:
         x: features of any shape. float32, float64, bfloat16 or float16.
         lambd: λ, a finite number, or a tensor of shape () or (1,) on the device of `x`, so that a schedule neither
-            synchronises nor recompiles. The value that stands when forward runs is the one used. No gradient flows to it.
+            synchronises nor recompiles. The value that stands when forward runs is the one used (under torch.compile
+            backward raises if it was overwritten since). No gradient flows to it.
 
     Returns:
         A view of `x`, in its dtype. In grad mode an in-place operation on it raises; outside it, it writes to `x`.
+        Under torch.compile it is no view.
 
     Raises:
         TypeError: `x` is not a floating tensor, or `lambd` neither a number nor a floating tensor.
@@ -98,21 +104,40 @@ def gradient_reversal(x: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
     return _reverse(x, lambd)
 
 
-def gradient_reversal_fork(x: Tensor, lambd: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+def each_layer(fork, layers: Sequence[Tensor], lambd: float | Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The forks of several layers: all first views, all second ones; an error in a layer says which."""
+    if not (isinstance(layers, (list, tuple)) and layers and all(isinstance(x, Tensor) for x in layers)):
+        got = checks.describe(layers)
+        raise TypeError(f"x: expected a tensor or a list of them, got {got}; pass one tensor a layer")
+    pairs = []
+    for layer, x in enumerate(layers):
+        try:
+            pairs.append(fork(x, lambd))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {layer}: {error}") from error
+    first, second = zip(*pairs)
+    return first, second
+
+
+def gradient_reversal_fork(
+    x: Tensor | Sequence[Tensor], lambd: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     r"""Shared features for two heads: one whose gradient comes back as it is, one whose gradient is reversed.
 
     .. math:: y_1 = y_2 = x, \qquad
         \frac{\partial L}{\partial x} := \frac{\partial L}{\partial y_1} - \lambda \frac{\partial L}{\partial y_2}
 
     Args:
-        x: features of any shape. float32, float64, bfloat16 or float16.
+        x: features of any shape, or a list of them, one tensor a layer, of any shapes, whose gradients are then formed
+            together. float32, float64, bfloat16 or float16.
         lambd: λ, as in :func:`fastda.gradient_reversal`.
 
     Returns:
-        Two views of `x`: the first for the label predictor, the second for the domain classifier.
+        Two views of `x`: the first for the label predictor, the second for the domain classifier. For a list, the tuple
+        of all first views and the tuple of all second ones.
 
     Raises:
-        What :func:`fastda.gradient_reversal` raises.
+        What :func:`fastda.gradient_reversal` raises, the layer of a list named.
 
     Differentiable any number of times with respect to `x`.
 
@@ -126,6 +151,8 @@ def gradient_reversal_fork(x: Tensor, lambd: float | Tensor = 1.0) -> tuple[Tens
         >>> x.grad
         tensor([2., 2.])
     """
+    if not isinstance(x, Tensor):
+        return each_layer(gradient_reversal_fork, x, lambd)
     check_reversal(x, lambd)
     refuse_forward_mode("gradient_reversal_fork")
     return x.view_as(x), _reverse(x, lambd)
@@ -162,8 +189,8 @@ def gradient_reversal_linear(
         >>> import torch, fastda
         >>> x, weight = torch.ones(1, 2, requires_grad=True), torch.tensor([[2.0, 4.0]])
         >>> features, hidden = fastda.gradient_reversal_linear(x, weight, lambd=0.5)
-        >>> hidden
-        tensor([[6.]], grad_fn=<MmBackward0>)
+        >>> hidden.item()
+        6.0
         >>> (features.sum() + hidden.sum()).backward()
         >>> x.grad
         tensor([[ 0., -1.]])
