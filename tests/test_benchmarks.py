@@ -60,8 +60,11 @@ def test_cases_cover_every_row():
         "reversal fork 64×256",
         "reversal fork 256×2048",
         "reversal fork 4096×2048",
+        "reversal linear 256×2048 to 1024",
         "domain-adversarial loss 64+64",
         "domain-adversarial loss 4096+4096",
+        "DANN step 64+64 images 28×28",
+        "Deep CORAL step 64+64 images 28×28",
     }
     assert {case.name for case in GPU_CASES} == {
         "coral 64×2048 GPU",
@@ -72,6 +75,7 @@ def test_cases_cover_every_row():
         "covariance 65536×1024 bf16 GPU",
         "cross-entropy Q 8192 × C 100000 × D 512 bf16 GPU",
         "reversal fork 131072×2048 GPU",
+        "reversal fork 131072×2048, λ on the device GPU",
     }
     assert all(case.figures for case in CPU_CASES + GPU_CASES)
 

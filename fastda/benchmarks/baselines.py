@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from fastda import backend, reference
 
 from .cases import Case
 from .peers import PEERS, PeerMissing
+from .training_steps import STEPS, dann_step, task_step
 
 FUSED = "fused"
 
@@ -120,6 +123,10 @@ def careful_fork(x: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
     return x, _Reversal.apply(x, lambd)
 
 
+def careful_linear_fork(x: Tensor, weight: Tensor, bias: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
+    return x, F.linear(_Reversal.apply(x, lambd), weight, bias)
+
+
 def careful_domain_loss(source_logits: Tensor, target_logits: Tensor) -> Tensor:
     """Right for domains of equal size only, as all cases are."""
     logits = torch.cat([source_logits, target_logits])
@@ -127,6 +134,11 @@ def careful_domain_loss(source_logits: Tensor, target_logits: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
+CAREFUL_OPS = SimpleNamespace(
+    coral_loss=careful_coral,
+    gradient_reversal_linear=careful_linear_fork,
+    domain_adversarial_loss=careful_domain_loss,
+)
 CAREFUL = {
     "coral_loss": careful_coral,
     "covariance": careful_covariance,
@@ -135,22 +147,41 @@ CAREFUL = {
     "prototype_cross_entropy": careful_cross_entropy,
     "nearest_prototype": careful_nearest,
     "gradient_reversal_fork": careful_fork,
+    "gradient_reversal_linear": careful_linear_fork,
     "domain_adversarial_loss": careful_domain_loss,
+    **{name: partial(step, CAREFUL_OPS) for name, step in STEPS.items()},
 }
 
 
-# Yardsticks: features used twice, whose gradient is g₁ + g₂
+# Yardsticks: features used twice, whose gradient is g₁ + g₂; a training step without reversal, or without adaptation
 
 
 def _sum_of_gradients(x: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
     return reference.gradient_reversal_fork(x, -1.0)
 
 
+def _linear_without_reversal(x: Tensor, weight: Tensor, bias: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
+    return x, F.linear(x, weight, bias)
+
+
+WITHOUT_REVERSAL = SimpleNamespace(
+    gradient_reversal_linear=_linear_without_reversal, domain_adversarial_loss=fastda.domain_adversarial_loss
+)
+_TASK_ALONE = Side("task loss alone", task_step, task_step)
+
 YARDSTICKS = {
     "gradient_reversal_fork": {
         "two view_as": Side("two view_as", lambda x, lambd: (x.view_as(x), x.view_as(x)), _sum_of_gradients),
         "no reversal": Side("no reversal", lambda x, lambd: (x, x), _sum_of_gradients),
-    }
+    },
+    "gradient_reversal_linear": {
+        "no reversal": Side("no reversal", _linear_without_reversal, _linear_without_reversal)
+    },
+    "dann_step": {
+        "no reversal": Side("no reversal", partial(dann_step, WITHOUT_REVERSAL), partial(dann_step, WITHOUT_REVERSAL)),
+        "task loss alone": _TASK_ALONE,
+    },
+    "deep_coral_step": {"task loss alone": _TASK_ALONE},
 }
 
 
@@ -163,9 +194,14 @@ def side_names(case: Case) -> list[str]:
     return names + list(YARDSTICKS.get(case.op, {})) + list(PEERS.get(case.op, {}))
 
 
+def op_of(module: ModuleType, name: str) -> Callable:
+    """The op of that name, or the training step with the ops of the module."""
+    return partial(STEPS[name], module) if name in STEPS else getattr(module, name)
+
+
 def formula(case: Case) -> Callable:
     """The reference, or careful code where the reference's differences do not fit into memory."""
-    return CAREFUL[case.op] if case.beyond_reference else getattr(reference, case.op)
+    return CAREFUL[case.op] if case.beyond_reference else op_of(reference, case.op)
 
 
 def make_side(case: Case, name: str) -> Side | Absent:
@@ -190,8 +226,8 @@ def make_side(case: Case, name: str) -> Side | Absent:
                 f"fastda.{case.op} is the reference here ({reason}), "
                 f"whose differences take {case.difference_bytes / 1e9:.1f} GB",
             )
-        return Side(name, getattr(fastda, case.op))
-    call = {"reference": getattr(reference, case.op), "careful": CAREFUL[case.op]}[written]
+        return Side(name, op_of(fastda, case.op))
+    call = {"reference": op_of(reference, case.op), "careful": CAREFUL[case.op]}[written]
     return Side(name, torch.compile(call, fullgraph=True, dynamic=False) if compiled else call)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import training_steps
+
 FORMULA = ("reference", "reference compiled")
 BY_HAND = ("careful", "careful compiled")
 LARGEST_REFERENCE = 2e9  # bytes of differences beyond which the naive reference is no honest opponent
@@ -63,6 +65,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     differentiable: bool = True
     phase: str = "both"  # what the figures, and the share of the limit, are about
+    constants: tuple[int, ...] = ()  # positions of floating arguments that get no gradient
 
     @property
     def work(self) -> Work:
@@ -82,9 +85,9 @@ class Case:
             return each[torch.rand(shape, generator=generator, device=self.device).argsort(-1)]
 
         arguments = self.make(self.sizes, normal, labels)
-        for x in arguments:
+        for i, x in enumerate(arguments):
             if isinstance(x, Tensor) and x.is_floating_point():
-                x.requires_grad_(self.differentiable)
+                x.requires_grad_(self.differentiable and i not in self.constants)
         return arguments
 
     @property
@@ -196,6 +199,22 @@ def _domain_logits(sizes, normal, labels) -> tuple:
     return 3 * normal(sizes["samples"]), 3 * normal(sizes["samples"])
 
 
+def _features_and_lambda_on_device(sizes, normal, labels) -> tuple:
+    return normal(sizes["samples"], sizes["features"]), normal(1).fill_(0.3)
+
+
+def _linear_fork(sizes, normal, labels) -> tuple:
+    samples, features, hidden = sizes["samples"], sizes["features"], sizes["hidden"]
+    return normal(samples, features), normal(hidden, features) * features**-0.5, normal(hidden), 0.3
+
+
+def _training_step(sizes, normal, labels) -> tuple:
+    """Images of both domains, labels for all of them, and the network."""
+    shape = (sizes["samples"], 1, sizes["side"], sizes["side"])
+    images = normal(*shape), 1.2 * normal(*shape) + 0.5
+    return (*images, labels(sizes["classes"], 2 * sizes["samples"]), *training_steps.parameters(sizes, normal))
+
+
 # Work. A product is counted once forward and twice backward; of a symmetric matrix only half is counted.
 
 
@@ -247,6 +266,22 @@ def _fork_work(sizes, itemsize) -> Work:
     """Two incoming gradients are read, one is written."""
     elements = sizes["samples"] * sizes["features"]
     return Work(2 * elements, 3 * elements * itemsize)
+
+
+def _linear_fork_work(sizes, itemsize) -> Work:
+    """The fork's gradients, the layer's weight and its gradient; one product forward, two backward."""
+    samples, features, hidden = sizes["samples"], sizes["features"], sizes["hidden"]
+    return Work(6 * samples * features * hidden, (3 * samples * features + 2 * hidden * features) * itemsize)
+
+
+def _training_step_work(sizes, itemsize) -> Work:
+    """The products of the network, for both domains: one forward, two backward, but no gradient for the images."""
+    first, second = training_steps.CHANNELS
+    pixels, features = sizes["side"] ** 2, sizes["features"]
+    convolution = first * 9 * pixels
+    rest = second * first * 9 * pixels / 4 + second * (sizes["side"] // 4) ** 2 * features
+    images = 2 * sizes["samples"]
+    return Work(images * (4 * convolution + 6 * rest), 2 * images * pixels * itemsize)
 
 
 def _domain_loss_work(sizes, itemsize) -> Work:
@@ -302,6 +337,18 @@ def _fork(samples: int, features: int, *figures: Figure, **options) -> Case:
 def _domain_loss(samples: int, *figures: Figure) -> Case:
     label, op = "domain-adversarial loss {samples}+{samples}", "domain_adversarial_loss"
     return _case(label, "domain_loss", op, {"samples": samples}, _domain_logits, _domain_loss_work, figures)
+
+
+def _linear(samples: int, features: int, hidden: int, *figures: Figure) -> Case:
+    sizes = {"samples": samples, "features": features, "hidden": hidden}
+    label, op = "reversal linear {samples}×{features} to {hidden}", "gradient_reversal_linear"
+    return _case(label, "gradient_reversal", op, sizes, _linear_fork, _linear_fork_work, figures)
+
+
+def _step(label: str, op: str, *figures: Figure) -> Case:
+    sizes = {"samples": 64, "side": 28, "features": 128, "hidden": 64, "classes": 10}
+    label += " {samples}+{samples} images {side}×{side}"
+    return _case(label, "training", op, sizes, _training_step, _training_step_work, figures, constants=(0, 1))
 
 
 _WIDE = (Figure(3, FORMULA), Figure(1.6, BY_HAND))
@@ -360,8 +407,11 @@ CPU_CASES = (
     _fork(64, 256, Figure(1.4, ("careful",)), Figure(1.0, ("two view_as",))),
     _fork(256, 2048, Figure(1.8, ("careful",))),
     _fork(4096, 2048, Figure(1.8, ("careful",)), Figure(0.95, ("no reversal",))),
+    _linear(256, 2048, 1024, Figure(0.95, ("no reversal",))),
     _domain_loss(64, Figure(2)),
     _domain_loss(4096, Figure(1.8)),
+    _step("DANN step", "dann_step", Figure(0.99, ("no reversal",)), Figure(0.97, ("task loss alone",))),
+    _step("Deep CORAL step", "deep_coral_step", Figure(0.97, ("task loss alone",))),
 )
 
 GPU_CASES = (
@@ -382,6 +432,17 @@ GPU_CASES = (
         dtype=torch.bfloat16,
     ),
     _fork(131_072, 2048, Figure(0.85, quantity="limit"), device="cuda"),
+    _case(
+        "reversal fork {samples}×{features}, λ on the device",
+        "gradient_reversal",
+        "gradient_reversal_fork",
+        {"samples": 131_072, "features": 2048},
+        _features_and_lambda_on_device,
+        _fork_work,
+        (Figure(0.85, quantity="limit"),),
+        device="cuda",
+        constants=(1,),
+    ),
 )
 
 GROUP_FIGURES = (
@@ -402,7 +463,7 @@ SWEEPS = (
     ),
 )
 
-TOPICS = ("coral", "covariance", "prototypes", "gradient_reversal", "domain_loss")
+TOPICS = ("coral", "covariance", "prototypes", "gradient_reversal", "domain_loss", "training")
 
 
 def select(patterns: Sequence[str] = (), device: str = "cpu") -> tuple[list[Case], list[Sweep]]:

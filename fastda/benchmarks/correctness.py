@@ -56,7 +56,8 @@ def results(function: Callable, arguments: tuple, seed: int) -> Results:
     inputs = asking(arguments)
     if not inputs:
         return Results(outputs, ())
-    return Results(outputs, torch.autograd.grad(outputs, inputs, incoming_gradients(outputs, seed)))
+    gradients = torch.autograd.grad(outputs, inputs, incoming_gradients(outputs, seed), materialize_grads=True)
+    return Results(outputs, gradients)
 
 
 def _converted(arguments: tuple, dtype: torch.dtype) -> tuple:
