@@ -1,0 +1,47 @@
+"""Calling any network with any batch: tensors, tuples, and the dictionaries of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def call(network: nn.Module, inputs):
+    """A dictionary gives keyword arguments, a tuple or list positional ones."""
+    if isinstance(inputs, Mapping):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
+
+
+def as_tensor(name: str, output) -> Tensor:
+    """The network's output, out of Hugging Face's wrapping if need be."""
+    for attribute in ("logits", "pooler_output"):
+        if not isinstance(output, Tensor) and isinstance(getattr(output, attribute, None), Tensor):
+            return getattr(output, attribute)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor from it, got {type(output).__name__}; wrap it in a module that returns the tensor"
+        )
+    return output
+
+
+def num_samples(inputs) -> int:
+    while not isinstance(inputs, Tensor):
+        inputs = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs[0]
+    return inputs.shape[0]
+
+
+def concatenate(source, target):
+    """Both domains in one batch, source first."""
+    if isinstance(source, Mapping):
+        return {key: concatenate(part, target[key]) for key, part in source.items()}
+    if isinstance(source, (tuple, list)):
+        return [concatenate(one, other) for one, other in zip(source, target)]
+    if source.shape[1:] != target.shape[1:]:
+        raise ValueError(
+            f"target: expected samples of the source's shape, {tuple(source.shape[1:])}, got {tuple(target.shape[1:])}; "
+            f'resize them, or choose passes="separate"'
+        )
+    return torch.cat([source, target])

@@ -1,0 +1,19 @@
+"""Training: the loop, evaluation, model selection, checkpoints, several processes."""
+
+from .data import PartlyLabelled
+from .evaluation import Evaluation, evaluate, predict
+from .fit import Fit, fit
+from .validators import VALIDATORS, information_maximisation, negative_entropy, soft_neighbourhood_density
+
+__all__ = [
+    "Evaluation",
+    "Fit",
+    "PartlyLabelled",
+    "VALIDATORS",
+    "evaluate",
+    "fit",
+    "information_maximisation",
+    "negative_entropy",
+    "predict",
+    "soft_neighbourhood_density",
+]
