@@ -26,6 +26,7 @@ from .validators import OF_TARGET, VALIDATORS
 
 FINE_TUNING_SHARE = 0.1
 """The rate of fine-tuning as a share of the rate of pretraining: steps as large as those would undo what was learnt then."""
+MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def fit(
     *,
     epochs: int,
     lr: float | None = None,
-    pretraining_lr: float = 1e-3,
-    weight_decay: float = 0.01,
+    pretraining_lr: float = 0.1,
+    weight_decay: float = 1e-3,
     optimizer: torch.optim.Optimizer | None = None,
     lr_schedule: Callable[[float], float] | None = None,
     scheduler=None,
@@ -62,7 +63,7 @@ def fit(
     unfreezing: GradualUnfreezing | None = None,
     steps_per_epoch: int | None = None,
     accumulate: int = 1,
-    clip_norm: float | None = None,
+    clip_norm: float | None = 1.0,
     precision: str = "float32",
     compile: bool | Mapping[str, object] = False,
     source_validation=None,
@@ -97,17 +98,19 @@ def fit(
         epochs: how many; the learning is scheduled over all their steps.
         lr: learning rate; by default a tenth of `pretraining_lr`, the usual advice for fine-tuning.
         pretraining_lr: the rate at which the network was pretrained.
-        weight_decay: of AdamW, the default optimiser; biases and norms have none.
-        optimizer: one over the method's parameters instead (then `lr`, `pretraining_lr` and `weight_decay` do not apply), such
-            as `torch.optim.SGD(layerwise_lr_decay(method, lr=0.01, decay=0.5), lr=0.01)`.
+        weight_decay: of the default optimiser; biases and norms have none.
+        optimizer: by default SGD with momentum 0.9, as in the papers. Another over the method's parameters instead (then `lr`,
+            `pretraining_lr` and `weight_decay` do not apply): `torch.optim.SGD(layerwise_lr_decay(method, 0.01, 0.5),
+            momentum=0.9)`, or AdamW for transformers. Adversarial methods are less stable with AdamW.
         lr_schedule: from the progress of training, 0 to 1, to a factor of all rates.
         scheduler: a torch scheduler of `optimizer` instead; ReduceLROnPlateau sees the selected score (`mode="max"`), or the
             loss (`mode="min"`) where nothing is selected.
         scheduler_every: "epoch" or "step".
-        unfreezing: thaws layers epoch by epoch, at its own rates; without `optimizer` AdamW starts with its groups.
+        unfreezing: thaws layers epoch by epoch, at its own rates; without `optimizer` the default one starts with its groups.
         steps_per_epoch: by default as many as give each sample of the longer loader its turn.
         accumulate: batches of each domain whose gradients are averaged for one step. Each pair of batches has its own CORAL.
-        clip_norm: largest norm of the gradient.
+        clip_norm: largest norm of the gradient; None for any. Where the domains are far apart, CORAL's first gradients are large
+            enough to ruin a pretrained network.
         precision: "float32"; "bfloat16" or "float16" for autocast, the latter with gradient scaling.
         compile: True, or options of torch.compile: the networks are compiled. The losses stay as they are: their kernels are
             fused already.
@@ -145,7 +148,7 @@ def fit(
         >>> source = DataLoader(TensorDataset(inputs, labels), batch_size=16, shuffle=True)
         >>> target = DataLoader(TensorDataset(inputs.flip(0) * 2), batch_size=16, shuffle=True)
         >>> method = DeepCORAL(nn.Sequential(nn.Linear(2, 8), nn.Tanh()), nn.Linear(8, 2), weight=100.0)
-        >>> result = fit(method, source, target, epochs=20, lr=0.01)
+        >>> result = fit(method, source, target, epochs=20)
         >>> sorted(result.history[-1])
         ['coral', 'coral_weight', 'epoch', 'loss', 'lr', 'step', 'task']
         >>> evaluate(method, source).accuracy > 0.9
@@ -270,7 +273,7 @@ class Training:
                 {"params": [p for name, p in named if decays(name, p)]},
                 {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
             ]
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=self.options["weight_decay"])
+        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, weight_decay=self.options["weight_decay"])
 
     def _columns(self) -> list[str]:
         target_task = ["target_task"] if self.method.uses_target_labels else []
