@@ -7,7 +7,7 @@ from fastda.schedules import dann_lambda
 from fastda.training import evaluate, fit
 
 network = pretrained()
-method = DANN(network.features, network.classifier, network.domain_classifier, lambd=lambda p: 0.1 * dann_lambda(p))
+method = DANN(network.features, network.classifier, network.domain_classifier, lambd=lambda p: 0.03 * dann_lambda(p))
 before = evaluate(method, phone_test).accuracy
 fit(method, studio, phone, epochs=40)
 after = evaluate(method, phone_test).accuracy

@@ -38,6 +38,9 @@ class CORALTerm(Term):
         self.passes = method.passes
         self.needs_target_logits = any(name.partition(".")[0] == "label_predictor" for name in self.layers)
 
+    def begin(self) -> None:
+        self.coral.forget()
+
     def forward(self, passed: Passed) -> Tensor:
         self.coral.process_group = passed.process_group
         return self.coral(len(passed.source_features) if self.passes == "joint" else None)

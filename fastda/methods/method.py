@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.outputs import as_tensor
 from ..reference import checks
-from .networks import as_tensor, call, concatenate, num_samples
+from .networks import call, concatenate, num_samples
 from .scheduled import Scheduled
 
 PASSES = ("joint", "separate")
@@ -63,6 +64,9 @@ class Term(nn.Module):
 
     def attach(self, method: Method) -> None:
         """Look at the method's networks."""
+
+    def begin(self) -> None:
+        """A pass through the networks follows."""
 
     def forward(self, passed: Passed) -> Tensor:
         raise TypeError(f"{type(self).__name__}: expected a term with a forward(passed) of its own; define it")
@@ -184,6 +188,8 @@ class Method(nn.Module):
                 "target_labels: expected labels, negative where unknown, since target_label_weight is not 0, got None; "
                 "pass them, or set target_label_weight=0"
             )
+        for term in self.terms.values():
+            term.begin()
         passed = self._pass(source, target)
         losses = {"task": self._task(passed.source_logits, source_labels)}
         if self.uses_target_labels:

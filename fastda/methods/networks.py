@@ -15,18 +15,6 @@ def call(network: nn.Module, inputs):
     return network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
 
 
-def as_tensor(name: str, output) -> Tensor:
-    """The network's output, out of Hugging Face's wrapping if need be."""
-    for attribute in ("logits", "pooler_output"):
-        if not isinstance(output, Tensor) and isinstance(getattr(output, attribute, None), Tensor):
-            return getattr(output, attribute)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor from it, got {type(output).__name__}; wrap it in a module that returns the tensor"
-        )
-    return output
-
-
 def num_samples(inputs) -> int:
     while not isinstance(inputs, Tensor):
         inputs = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs[0]

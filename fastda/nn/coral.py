@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import deep_coral_loss
 from ..reference import checks
 from ..reference.coral import SCALES
+from .outputs import OF_LAYER, as_tensor
 
 POOLS = ("mean", "max", "flatten")
 
@@ -27,7 +28,7 @@ class DeepCORALLoss(nn.Module):
     Args:
         model: any module.
         layers: names of the modules to watch, as in `model.named_modules()`; one name, or several. A layer whose output is a
-            tuple or a Hugging Face output is taken by the first tensor in it.
+            tuple is taken by the first tensor in it, a Hugging Face output by its logits, pooled output or last hidden state.
         weights: w, one a layer; all 1 by default.
         correction, scale, mean_weight, process_group: as in :func:`fastda.coral_loss`. With the paper's scale useful weights
             of the whole loss are 100 to 1000.
@@ -129,9 +130,9 @@ class DeepCORALLoss(nn.Module):
             handle.remove()
 
     def _features(self, name: str, output: object) -> Tensor:
-        while isinstance(output, (tuple, list, dict)) and len(output):  # Hugging Face's outputs are dictionaries
-            output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-        checks.floating(f"output of {name!r}", output)
+        while isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        output = as_tensor(f"output of {name!r}", output, OF_LAYER)
         features = self.pool(output) if callable(self.pool) else pool_positions(output, self.pool)
         if features.dim() != 2:
             raise ValueError(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods.method import Method
-from ..methods.networks import as_tensor, call
+from ..methods.networks import call
+from ..nn.outputs import as_tensor
 from ..reference import checks
 from . import random_states
 from .data import to_device, unpack
