@@ -1,9 +1,11 @@
-"""Strategies of adaptation on the digits of `fastda demo`, with k labelled phone images of each digit: does the usual advice hold?
+"""Strategies of adaptation on the digits of `fastda demo`, with k labelled phone images of each digit: does the usual
+advice hold?
 
     python bench/strategies.py --output bench/results/strategies      # about 6 minutes on one core
 
-A network is trained in the studio, then adapted by each strategy for the same number of steps, at the library's defaults. What
-is reported is the accuracy on held-out images of both domains: on phones, what adaptation was for; in the studio, what it cost.
+A network is trained in the studio, then adapted by each strategy for the same number of steps, at the library's
+defaults. What is reported is the accuracy on held-out images of both domains: on phones, what adaptation was for; in
+the studio, what it cost.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def loader(data) -> DataLoader:
 
 
 def labelled_images(domains: Domains, shots: int, seed: int) -> TensorDataset:
-    """k phone images of each digit. Where there are fewer in the training part, its digits are photographed once more."""
+    """k phone images of each digit. Where there are fewer in the training part, its digits are photographed once
+    more."""
     target, (studio, _) = domains.target_train, studio_digits()
     images, labels = [], []
     for digit in range(NUM_CLASSES):
@@ -116,7 +119,7 @@ def layerwise(network: DigitNetwork, data: Data) -> Method:
 def gradual(network: DigitNetwork, data: Data) -> Method:
     method = plain(network)
     unfreezing = GradualUnfreezing(method, lr=LR, decay=0.7, every=EPOCHS // 4)
-    return train(method, loader(data.labelled), unfreezing=unfreezing)
+    return train(method, loader(data.labelled), lr=None, unfreezing=unfreezing)
 
 
 def with_terms(*terms) -> Strategy:
@@ -124,7 +127,9 @@ def with_terms(*terms) -> Strategy:
 
     def strategy(network: DigitNetwork, data: Data) -> Method:
         made = [term() if term is CORAL else term(network) for term in terms]
-        method = Method(network.features, network.classifier, made, target_label_weight=0.0 if data.labelled is None else 1.0)
+        method = Method(
+            network.features, network.classifier, made, target_label_weight=0.0 if data.labelled is None else 1.0
+        )
         if data.labelled is None:
             return train(method, loader(data.source), loader(data.target))
         both = ConcatDataset([data.labelled, PartlyLabelled(data.target, known=[])])
@@ -149,16 +154,19 @@ WITHOUT_LABELS: dict[str, Strategy] = {
     "DANN": with_terms(adversary),
     "Deep CORAL and DANN": with_terms(CORAL, adversary),
 }
+AT_PRETRAINING_RATE = f"full fine-tuning at {PRETRAINING_LR}, the pretraining rate"
+LAYERWISE, GRADUAL = "layer-wise rates, γ = 0.5", "gradual unfreezing, γ = 0.7"
+BOTH_LABELS, CORAL_AND_LABELS = "with the studio's labels", "Deep CORAL and labels"
 WITH_LABELS: dict[str, Strategy] = {
     "from scratch, at 0.1": from_scratch,
     "feature extraction": feature_extractor,
     "top two layers": top_two,
     "full fine-tuning": full,
-    "full fine-tuning at 0.1, the pretraining rate": full_at_pretraining_rate,
-    "layer-wise rates, γ = 0.5": layerwise,
-    "gradual unfreezing, γ = 0.7": gradual,
-    "with the studio's labels": with_terms(),
-    "Deep CORAL and labels": with_terms(CORAL),
+    AT_PRETRAINING_RATE: full_at_pretraining_rate,
+    LAYERWISE: layerwise,
+    GRADUAL: gradual,
+    BOTH_LABELS: with_terms(),
+    CORAL_AND_LABELS: with_terms(CORAL),
     "DANN and labels": with_terms(adversary),
 }
 
@@ -220,21 +228,24 @@ def comparison(results: Results, one: str, other: str, k: str, quantity: str = "
 def advice(results: Results, shots: list[str]) -> str:
     """The usual advice as differences, paired by seed."""
     few, many = shots[0], shots[-1]
+    extraction, whole = "feature extraction", "full fine-tuning"
     rows = [
-        (f"few labels: feature extraction rather than full fine-tuning (k = {few})", "feature extraction", "full fine-tuning", few),
-        (f"many labels: full fine-tuning rather than feature extraction (k = {many})", "full fine-tuning", "feature extraction",
-         many),
-        *((f"a tenth of the pretraining rate rather than the rate itself (k = {k})", "full fine-tuning",
-           "full fine-tuning at 0.1, the pretraining rate", k) for k in shots),
-        *((f"layer-wise rates rather than one (k = {k})", "layer-wise rates, γ = 0.5", "full fine-tuning", k) for k in shots),
-        *((f"gradual unfreezing rather than all at once (k = {k})", "gradual unfreezing, γ = 0.7", "full fine-tuning", k)
-          for k in shots),
-        *((f"adapt as well as fine-tune, rather than fine-tune (k = {k})", "Deep CORAL and labels", "full fine-tuning", k)
-          for k in shots),
-    ]  # fmt: skip
+        (f"few labels: feature extraction rather than full fine-tuning (k = {few})", extraction, whole, few),
+        (f"many labels: full fine-tuning rather than feature extraction (k = {many})", whole, extraction, many),
+    ]
+    for text, one, other in (
+        ("a tenth of the pretraining rate rather than the rate itself", whole, AT_PRETRAINING_RATE),
+        ("layer-wise rates rather than one", LAYERWISE, whole),
+        ("gradual unfreezing rather than all at once", GRADUAL, whole),
+        ("adapt as well as fine-tune, rather than fine-tune", CORAL_AND_LABELS, whole),
+        ("align as well as train on the labels of both", CORAL_AND_LABELS, BOTH_LABELS),
+    ):
+        rows += [(f"{text} (k = {k})", one, other, k) for k in shots]
     lines = ["| advice | phone accuracy, points | studio accuracy, points |", "| --- | ---: | ---: |"]
     for text, one, other, k in rows:
-        lines.append(f"| {text} | {comparison(results, one, other, k)} | {comparison(results, one, other, k, 'source')} |")
+        lines.append(
+            f"| {text} | {comparison(results, one, other, k)} | {comparison(results, one, other, k, 'source')} |"
+        )
     return "\n".join(lines)
 
 
@@ -244,12 +255,13 @@ def report(record: dict) -> str:
     seeds = record["seeds"]
     return f"""# Strategies of adaptation on the digits
 
-`python bench/strategies.py`; PyTorch {record["torch"]}, revision {record["revision"]}. Accuracy on held-out images, in %: mean ± half
-the 95 % interval (Student t) over {seeds} seeds. The network is trained on 574 studio images; each strategy then has
-{EPOCHS * STEPS_PER_EPOCH} steps of SGD with momentum 0.9 at rate {LR} (a tenth of the {PRETRAINING_LR} of pretraining) unless it says otherwise. “No label”: 573 phone
-images without labels. With labels: k of each digit; Deep CORAL, DANN and “with the studio's labels” train on the studio
-images too, and see all phone images, half of each batch labelled. There are 46 to 71 phone images of a digit to train on, so for
-k = 100 the same digits are photographed a second time, with other light, blur and noise.
+`python bench/strategies.py`; PyTorch {record["torch"]}, revision {record["revision"]}. Accuracy on held-out images, in
+%: mean ± half the 95 % interval (Student t) over {seeds} seeds. The network is trained on 574 studio images; each
+strategy then has {EPOCHS * STEPS_PER_EPOCH} steps of SGD with momentum 0.9 at rate {LR} (a tenth of the
+{PRETRAINING_LR} of pretraining) unless it says otherwise. “No label”: 573 phone images without labels. With labels: k
+of each digit; Deep CORAL, DANN and “with the studio's labels” train on the studio images too, and see all phone images,
+half of each batch labelled. There are 46 to 71 phone images of a digit to train on, so for k = 100 the same digits are
+photographed a second time, with other light, blur and noise.
 
 ## On phones
 
@@ -265,7 +277,8 @@ k = 100 the same digits are photographed a second time, with other light, blur a
 
 ## Does the usual advice hold here?
 
-Differences are paired by seed. “Holds” and “is refuted” say that the interval of the phone (or studio) accuracy leaves zero out.
+Differences are paired by seed. “Holds” and “is refuted” say that the interval of the phone (or studio) accuracy leaves
+zero out.
 
 {advice(results, shots)}
 """

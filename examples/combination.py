@@ -7,7 +7,10 @@ from fastda.schedules import dann_lambda
 from fastda.training import evaluate, fit
 
 network = pretrained()
-terms = [CORALTerm(weight=300.0), DomainAdversarialTerm(network.domain_classifier, lambd=lambda p: 0.03 * dann_lambda(p))]
+terms = [
+    CORALTerm(weight=300.0),
+    DomainAdversarialTerm(network.domain_classifier, lambd=lambda p: 0.03 * dann_lambda(p)),
+]
 method = Method(network.features, network.classifier, terms)
 before = evaluate(method, phone_test).accuracy
 fit(method, studio, phone, epochs=40, target_validation=phone, select="information_maximisation", patience=10)

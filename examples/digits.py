@@ -22,7 +22,9 @@ def loader(digits, labelled=True, indices=slice(None), batch_size=64):
 def labelled_phone(shots):
     """So many labelled phone images of each digit."""
     labels = DOMAINS.target_train.labels
-    return loader(DOMAINS.target_train, indices=torch.cat([(labels == digit).nonzero()[:shots, 0] for digit in range(10)]))
+    return loader(
+        DOMAINS.target_train, indices=torch.cat([(labels == digit).nonzero()[:shots, 0] for digit in range(10)])
+    )
 
 
 studio = loader(DOMAINS.source_train)

@@ -10,8 +10,8 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "digits")
-# Accuracy on held-out phone images that each has to gain, over that of the network trained in the studio. Each gains half as
-# much again.
+# Accuracy on held-out phone images that each has to gain, over that of the network trained in the studio. Each gains
+# half as much again.
 GAIN = {
     "combination": 0.05,
     "dann": 0.03,
@@ -45,4 +45,6 @@ def test_an_example_adapts_in_under_twenty_lines(name, monkeypatch, capsys):
     if name == "source_only":
         assert 0.6 < found["after"] < 0.85, "the gap that the others close"
     else:
-        assert found["after"] - found["before"] > GAIN[name], f"{found['before']:.3f} before, {found['after']:.3f} after"
+        assert found["after"] - found["before"] > GAIN[name], (
+            f"{found['before']:.3f} before, {found['after']:.3f} after"
+        )

@@ -44,7 +44,13 @@ def five_layers() -> nn.Sequential:
 
 def batch_norms() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(16, 3),
     )
 
 
@@ -150,7 +156,9 @@ SCHEDULERS = {
     "SequentialLR": lambda optimizer, top: L.SequentialLR(
         optimizer, [L.LinearLR(optimizer), L.ExponentialLR(optimizer, 0.9)], [2]
     ),
-    "ChainedScheduler": lambda optimizer, top: L.ChainedScheduler([L.LinearLR(optimizer), L.ExponentialLR(optimizer, 0.9)]),
+    "ChainedScheduler": lambda optimizer, top: L.ChainedScheduler(
+        [L.LinearLR(optimizer), L.ExponentialLR(optimizer, 0.9)]
+    ),
 }
 
 
@@ -183,9 +191,18 @@ def test_rates_survive_every_torch_scheduler(scheduler):
         ({"lr": 0.1, "decay": 0.0}, "^decay: expected a number > 0"),
         ({"lr": 0.1, "decay": 1.1}, "^decay: expected a number > 0 and <= 1"),
         ({"lr": 0.1, "decay": 0.5, "weight_decay": -1.0}, "^weight_decay: expected a number >= 0"),
-        ({"lr": 0.1, "decay": 0.5, "layers": ["0", "2"]}, "^layers: expected every parameter in a layer, got none for 4.weight"),
-        ({"lr": 0.1, "decay": 0.5, "layers": ["0", "*"]}, "^layers: expected each parameter in one layer, got '0.weight'"),
-        ({"lr": 0.1, "decay": 0.5, "layers": ["no", "*"]}, "^layers: expected a name or pattern .* got 'no'.*near it are"),
+        (
+            {"lr": 0.1, "decay": 0.5, "layers": ["0", "2"]},
+            "^layers: expected every parameter in a layer, got none for 4.weight",
+        ),
+        (
+            {"lr": 0.1, "decay": 0.5, "layers": ["0", "*"]},
+            "^layers: expected each parameter in one layer, got '0.weight'",
+        ),
+        (
+            {"lr": 0.1, "decay": 0.5, "layers": ["no", "*"]},
+            "^layers: expected a name or pattern .* got 'no'.*near it are",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -294,9 +311,14 @@ def test_hugging_face(transformers, name):
 
 
 def test_two_towers_are_no_layers(transformers):
-    configs = {"text_config": {"vocab_size": 50, **SMALL}, "vision_config": {"image_size": 32, "patch_size": 8, **SMALL}}
+    configs = {
+        "text_config": {"vocab_size": 50, **SMALL},
+        "vision_config": {"image_size": 32, "patch_size": 8, **SMALL},
+    }
     model = transformers.CLIPModel(transformers.CLIPConfig(**configs))
-    with pytest.raises(ValueError, match="^model: .* may stand side by side; name them from input to output, as in layers="):
+    with pytest.raises(
+        ValueError, match="^model: .* may stand side by side; name them from input to output, as in layers="
+    ):
         layerwise_lr_decay(model, 0.1, 0.5)
 
 
@@ -325,12 +347,23 @@ def module(**children: nn.Module) -> nn.Module:
         (nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4), nn.PReLU(), nn.LayerNorm(4), nn.Linear(4, 2)), ("1", "4")),
         (module(backbone=Backbone(), head=nn.Linear(2, 2)), ("backbone.conv1", "backbone.conv2", "head")),
         (nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2)), ("0", "1")),
-        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3), ("layers.0", "layers.1", "layers.2")),
+        (
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3),
+            ("layers.0", "layers.1", "layers.2"),
+        ),
         (module(words=nn.Embedding(9, 4), places=nn.Embedding(9, 4), head=nn.Linear(4, 2)), ("words", "head")),
         (module(body=nn.Linear(4, 4), one=nn.Linear(4, 3), other=nn.Linear(4, 2)), ("body", "one")),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm([2, 4, 4]), nn.Flatten(), nn.Linear(32, 2)), ("0", "3")),
     ],
-    ids=["norms", "custom modules", "weight norm", "torch's transformer", "two embeddings", "two heads", "norm of maps"],
+    ids=[
+        "norms",
+        "custom modules",
+        "weight norm",
+        "torch's transformer",
+        "two embeddings",
+        "two heads",
+        "norm of maps",
+    ],
 )
 def test_plain_pytorch(model, layers):
     assert table(model) == steps_down(*layers)
@@ -343,7 +376,10 @@ def test_plain_pytorch(model, layers):
         (nn.ReLU(), "there is none"),
         (with_parameter(), "parameter 'temperature' lies in no layer"),
         (DigitNetwork(), "'classifier' and 'domain_classifier.0' may stand side by side"),
-        (module(branches=nn.ModuleList([five_layers(), five_layers()]), head=nn.Linear(4, 2)), "the parts of 'branches' may"),
+        (
+            module(branches=nn.ModuleList([five_layers(), five_layers()]), head=nn.Linear(4, 2)),
+            "the parts of 'branches' may",
+        ),
     ],
     ids=["one layer", "none", "a parameter outside", "a second head", "branches"],
 )
@@ -353,10 +389,20 @@ def test_what_cannot_be_told_apart_is_an_error_that_says_how_to_name_it(model, w
 
 
 def test_named_layers():
-    layers = ["features.0", ["features.1", "features.3", "features.4"], "features.7", ["classifier", "domain_classifier"]]
+    layers = [
+        "features.0",
+        ["features.1", "features.3", "features.4"],
+        "features.7",
+        ["classifier", "domain_classifier"],
+    ]
     found = rates(layerwise_lr_decay(DigitNetwork(), 1.0, 0.5, layers=layers))
     assert list(found.values()) == [0.125, 0.25, 0.5, 1.0]
-    assert list(find_layers(five_layers(), ["[02].*", "[468]"])[0].parameters) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert list(find_layers(five_layers(), ["[02].*", "[468]"])[0].parameters) == [
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    ]
 
 
 def test_a_domain_classifier_stands_beside_the_label_predictor():
@@ -396,8 +442,14 @@ def test_freeze_by_name_pattern_and_depth():
         (lambda model: freeze(model, "layer1"), "^layers: expected a name or pattern .* got 'layer1'"),
         (lambda model: freeze(model, depth=6), "^depth: expected at most the number of layers, 5, got 6"),
         (lambda model: freeze(model, "0", depth=1), "^depth: expected names or a depth"),
-        (lambda model: unfreeze_top(model, 6), "^k: expected at most the number of layers, 5, got 6; they are '0', '2'"),
-        (lambda model: freeze(model, "0", normalisation="eval"), "^normalisation: expected one of 'train', 'keep', 'batch'"),
+        (
+            lambda model: unfreeze_top(model, 6),
+            "^k: expected at most the number of layers, 5, got 6; they are '0', '2'",
+        ),
+        (
+            lambda model: freeze(model, "0", normalisation="eval"),
+            "^normalisation: expected one of 'train', 'keep', 'batch'",
+        ),
         (lambda model: GradualUnfreezing(model, lr=1.0, start=6), "^start: expected at most the number of layers, 5"),
     ],
 )
@@ -451,7 +503,9 @@ def test_the_statistics_of_a_norm(choice, training):
     assert moved == (choice == "train" and training)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 @pytest.mark.parametrize("choice", ["keep", "batch"])
 def test_a_frozen_norm_is_still_a_batch_norm(choice, duplicate):
     model = duplicate(freeze(batch_norms(), "0", "1", normalisation=choice)).train()
@@ -486,7 +540,10 @@ def test_timms_norms_are_frozen(timm):
     before = state(model)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert {name for name, value in state(model).items() if not torch.equal(value, before[name])} == set()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"classifier.weight", "classifier.bias"}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_frozen_statistics_compile():
@@ -521,10 +578,13 @@ def test_layers_join_from_the_top_at_their_own_rates_and_momenta_stay():
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["all groups from the beginning", "groups added"])
-@pytest.mark.parametrize("name", ["StepLR", "LambdaLR", "CosineAnnealingLR", "ReduceLROnPlateau", "LinearLR", "OneCycleLR"])
+@pytest.mark.parametrize(
+    "name", ["StepLR", "LambdaLR", "CosineAnnealingLR", "ReduceLROnPlateau", "LinearLR", "OneCycleLR"]
+)
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_gradual_unfreezing_under_a_schedule(name, whole):
-    """The rates of layers that join later are what they would have been had the layers been there from the beginning."""
+    """The rates of layers that join later are what they would have been had the layers been there from the
+    beginning."""
     unfreezing = GradualUnfreezing(five_layers(), lr=0.1, decay=0.5)
     groups = unfreezing.all_parameter_groups() if whole else unfreezing.parameter_groups()
     optimizer = torch.optim.SGD(groups, momentum=0.9)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from torchvision_stub import import_timm
 
 import fastda
 from fastda.methods import DANN, CORALTerm, DeepCORAL, DomainAdversarialTerm, Method, SourceOnly, Term, split
@@ -187,6 +188,46 @@ def test_dictionaries_of_inputs(passes):
     assert all(g.isfinite().all() for g in gradients(method, losses).values())
 
 
+def test_a_model_of_hugging_face():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=50, num_labels=3, **sizes)
+    model = transformers.BertForSequenceClassification(config)
+    layers = ["feature_extractor.bert.encoder.layer.0", "feature_extractor"]
+    method = DANN(*split(model, "classifier"))
+    coral = Method(method.feature_extractor, method.label_predictor, [CORALTerm(layers)])
+    batch = {"input_ids": torch.randint(0, 50, (12, 7)), "attention_mask": torch.ones(12, 7, dtype=torch.long)}
+    target = {key: x[:8] for key, x in batch.items()}
+    for each, name in ((method, "domain"), (coral, "coral")):
+        losses = each.losses(batch, LABELS, target)
+        assert list(losses) == ["task", name]
+        assert all(g.isfinite().all() for g in gradients(each, losses).values())
+    assert method(batch).shape == (12, 3)
+
+
+def test_a_model_of_timm():
+    try:
+        timm = import_timm()
+    except ImportError as error:
+        pytest.skip(f"timm: {error}; pip install --no-deps timm (its torchvision is not needed)")
+    model = timm.create_model("resnet18", pretrained=False, num_classes=3)
+    method = DeepCORAL(*split(model, "fc"), layers=["feature_extractor.layer3", "feature_extractor.layer4"])
+    source, target = torch.randn(6, 3, 32, 32), torch.randn(4, 3, 32, 32)
+    losses = method.losses(source, LABELS[:6], target)
+    assert all(g.isfinite().all() for g in gradients(method, losses).values())
+    maps = [[], []]
+    handles = [
+        getattr(model, f"layer{n}").register_forward_hook(lambda m, x, y, kept=kept: kept.append(y))
+        for n, kept in zip((3, 4), maps)
+    ]
+    model(torch.cat([source, target]))
+    for handle in handles:
+        handle.remove()
+    pooled = [kept[0].mean((2, 3)) for kept in maps]
+    expected = 1000 * fastda.reference.deep_coral_loss([x[:6] for x in pooled], [x[6:] for x in pooled])
+    assert_close(losses["coral"], expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("pool", "function"),
     [
@@ -287,6 +328,19 @@ def test_compiles_in_one_graph_and_no_schedule_compiles_anew():
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
+def test_compiles_to_machine_code():
+    """Half a minute: losses and gradients of the whole method by inductor."""
+    method, labels = combination(), torch.arange(7) % 3
+    method.set_progress(0.5)
+    expected = method.losses(SOURCE, LABELS, TARGET, labels)
+    found = torch.compile(method.losses, fullgraph=True)(SOURCE, LABELS, TARGET, labels)
+    assert_close(found, expected)
+    wanted = gradients(method, expected)
+    for name, gradient in gradients(method, found).items():
+        assert_close(gradient, wanted[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_gradient_scaling(dtype):
     """Close to float32 in losses and gradients; the losses themselves are float32."""
@@ -314,8 +368,16 @@ def test_autocast_and_gradient_scaling(dtype):
     [
         (lambda e, p: Method(e, lambda x: x), TypeError, "^label_predictor: expected a torch.nn.Module"),
         (lambda e, p: Method(e, p, passes="both"), ValueError, "^passes: expected one of 'joint', 'separate'"),
-        (lambda e, p: Method(e, p, [CORALTerm(), CORALTerm()]), ValueError, "^terms: expected each name once, got 'coral'"),
-        (lambda e, p: DeepCORAL(e, p, layers="1"), ValueError, "^layers: expected names of modules .* got '1'; near it are"),
+        (
+            lambda e, p: Method(e, p, [CORALTerm(), CORALTerm()]),
+            ValueError,
+            "^terms: expected each name once, got 'coral'",
+        ),
+        (
+            lambda e, p: DeepCORAL(e, p, layers="1"),
+            ValueError,
+            "^layers: expected names of modules .* got '1'; near it are",
+        ),
         (lambda e, p: DeepCORAL(e, p, layers=[]), ValueError, "^layers: expected at least one name"),
         (lambda e, p: DeepCORAL(e, p, weights=[1.0, 2.0]), ValueError, "^layers: .* got 1 names, 2 weights"),
         (lambda e, p: DeepCORAL(e, p, scale="none"), ValueError, "^scale: expected one of 'paper'"),
@@ -324,7 +386,11 @@ def test_autocast_and_gradient_scaling(dtype):
         (lambda e, p: DANN(e, nn.Flatten()), ValueError, "^domain_classifier: expected a module, got None"),
         (lambda e, p: DANN(e, p, lambd="high"), TypeError, "^domain_lambda: expected a number, got 'high'"),
         (lambda e, p: split(e, "fc"), ValueError, "^head: expected the name of a module of Sequential, got 'fc'"),
-        (lambda e, p: DeepCORAL(e, p).losses(SOURCE, LABELS), ValueError, "^target: expected a batch, since DeepCORAL adapts"),
+        (
+            lambda e, p: DeepCORAL(e, p).losses(SOURCE, LABELS),
+            ValueError,
+            "^target: expected a batch, since DeepCORAL adapts",
+        ),
         (
             lambda e, p: DeepCORAL(e, p, target_label_weight=1.0).losses(SOURCE, LABELS, TARGET),
             ValueError,
@@ -345,7 +411,11 @@ def test_autocast_and_gradient_scaling(dtype):
             ValueError,
             '^target: expected samples of the source\'s shape.*passes="separate"',
         ),
-        (lambda e, p: SourceOnly(nn.LSTM(5, 6), p).losses(SOURCE, LABELS), TypeError, "^feature_extractor: expected a tensor"),
+        (
+            lambda e, p: SourceOnly(nn.LSTM(5, 6), p).losses(SOURCE, LABELS),
+            TypeError,
+            "^feature_extractor: expected a tensor",
+        ),
     ],
 )
 def test_errors_say_what_to_do(call, error, message):

@@ -10,15 +10,19 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readme_has_an_example_for_each_family():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example(number):
-    names = {}
-    exec("import torch, fastda\n" + EXAMPLES[number], names)
-    if "backward()" in EXAMPLES[number]:
-        results = [x.grad for x in names.values() if getattr(x, "is_leaf", False) and x.requires_grad]
+    text, names = EXAMPLES[number], {}
+    exec("import torch, fastda\nfrom torch import nn\n" + text, names)
+    if "evaluate(" in text:
+        assert names["accuracy"] > 0.9
+    elif "layerwise_lr_decay" in text:
+        assert min(group["lr"] for group in names["optimizer"].param_groups) == pytest.approx(0.0000625)
+        assert {n.partition(".")[0] for n, p in names["model"].named_parameters() if p.grad is not None} == {"3", "4"}
     else:
-        results = [names["distance"]]
-    assert results and all(result.isfinite().all() and result.abs().sum() > 0 for result in results)
+        leaves = [x.grad for x in names.values() if getattr(x, "is_leaf", False) and x.requires_grad]
+        results = leaves if "backward()" in text else [names["distance"]]
+        assert results and all(result.isfinite().all() and result.abs().sum() > 0 for result in results)

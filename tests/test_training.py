@@ -1,4 +1,5 @@
-"""Training: what a step does, loaders, schedules, validation and selection, logs, checkpoints, and several processes."""
+"""Training: what a step does, loaders, schedules, validation and selection, logs, checkpoints, and several
+processes."""
 
 from __future__ import annotations
 
@@ -79,7 +80,16 @@ def test_training_is_a_loop_written_by_hand():
     """SGD with momentum over accumulated, clipped gradients and a schedule of the rate."""
     mine, theirs = method(), method()
     batches = [loader(shuffle=False), loader(40, 10, shift=1.0, labelled=False, shuffle=False)]
-    fit(mine, *batches, epochs=2, lr=0.1, accumulate=2, clip_norm=0.3, weight_decay=0.01, lr_schedule=lambda p: 1 - p / 2)
+    fit(
+        mine,
+        *batches,
+        epochs=2,
+        lr=0.1,
+        accumulate=2,
+        clip_norm=0.3,
+        weight_decay=0.01,
+        lr_schedule=lambda p: 1 - p / 2,
+    )
     optimizer = torch.optim.SGD(
         [
             {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.01},
@@ -112,7 +122,8 @@ def test_biases_and_norms_do_not_decay():
 
 
 def test_loaders_of_different_lengths():
-    """Each sample of the longer one has its turn in an epoch, the shorter begins again; `steps_per_epoch` is another choice."""
+    """Each sample of the longer one has its turn in an epoch, the shorter begins again; `steps_per_epoch` is another
+    choice."""
     seen = {"source": [], "target": []}
 
     class Watching(DeepCORAL):
@@ -266,7 +277,13 @@ def test_the_best_epoch_is_kept(select):
 
 def test_early_stopping():
     result = fit(
-        SourceOnly(*networks()), loader(), epochs=50, lr=1e-12, source_validation=loader(), select="source_accuracy", patience=3
+        SourceOnly(*networks()),
+        loader(),
+        epochs=50,
+        lr=1e-12,
+        source_validation=loader(),
+        select="source_accuracy",
+        patience=3,
     )
     assert result.stopped_early and len(result.history) == 4 and result.best["epoch"] == 1
 
@@ -526,7 +543,11 @@ def test_dictionaries_and_partly_labelled_data():
         ({"checkpoint_every": 2}, ValueError, "^checkpoint: expected a file"),
         ({"checkpoint": "/no/such/folder/c.pt"}, ValueError, "^checkpoint: expected a file in a folder that exists"),
         ({"log": "log.txt"}, ValueError, "^log: expected a file that ends in .csv or .jsonl"),
-        ({"source": loader(labelled=False)}, ValueError, r"^source: expected batches of \(inputs, labels\), got inputs alone"),
+        (
+            {"source": loader(labelled=False)},
+            ValueError,
+            r"^source: expected batches of \(inputs, labels\), got inputs alone",
+        ),
         ({"source": []}, ValueError, "^source: expected a loader with at least one batch"),
         ({"method": nn.Linear(2, 2)}, TypeError, "^method: expected one of fastda.methods"),
         (
@@ -547,7 +568,9 @@ def test_more_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="^target: expected None, since SourceOnly has nothing to do with a target"):
         fit(model, loader(), loader(), epochs=1)
     optimizer = torch.optim.SGD(model.label_predictor.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="^optimizer: expected all parameters of the method that learn, got none of feature"):
+    with pytest.raises(
+        ValueError, match="^optimizer: expected all parameters of the method that learn, got none of feature"
+    ):
         fit(model, loader(), epochs=1, optimizer=optimizer)
     with pytest.raises(ValueError, match="^lr: expected one of lr and optimizer, got both"):
         fit(model, loader(), epochs=1, lr=0.1, optimizer=optimizer)
@@ -562,7 +585,9 @@ def test_more_errors_say_what_to_do(tmp_path):
         fit(model, loader(), epochs=1, target_validation=loader(labelled=False), select="target_accuracy")
     fit(model, loader(), epochs=1, optimizer=optimizer, scheduler=scheduler, checkpoint=tmp_path / "c.pt")
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
-    with pytest.raises(ValueError, match="^scheduler: expected ReduceLROnPlateau with mode='min', since it follows 'loss'"):
+    with pytest.raises(
+        ValueError, match="^scheduler: expected ReduceLROnPlateau with mode='min', since it follows 'loss'"
+    ):
         fit(model, loader(), epochs=1, optimizer=optimizer, scheduler=plateau)
 
 

@@ -1,4 +1,5 @@
-"""timm imports torchvision, which beside a CPU build of torch pulls CUDA packages: names that do nothing stand in for it."""
+"""timm imports torchvision, which beside a CPU build of torch pulls CUDA packages: names that do nothing stand in for
+it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,10 @@ def make() -> tuple[Method, TensorDataset, PartlyLabelled]:
     method = Method(
         extractor,
         nn.Linear(8, 3),
-        [CORALTerm(["feature_extractor.1", "label_predictor"], weight=3.0), DomainAdversarialTerm(classifier, lambd=dann_lambda)],
+        [
+            CORALTerm(["feature_extractor.1", "label_predictor"], weight=3.0),
+            DomainAdversarialTerm(classifier, lambd=dann_lambda),
+        ],
         task_loss=partial(F.cross_entropy, reduction="none", label_smoothing=0.1),
         target_label_weight=lambda p: 0.5 + p,
     )

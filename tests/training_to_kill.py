@@ -1,8 +1,10 @@
-"""A training that is killed over and over, and once left alone. A program of its own: `training_to_kill.py FOLDER KILLS SEED`.
+"""A training that is killed over and over, and once left alone. A program of its own: `training_to_kill.py FOLDER KILLS
+SEED`.
 
-Everything that a resumed run has to find again takes part: loaders of different lengths that shuffle, one of them by a generator
-of its own, augmentation by Python's, NumPy's and PyTorch's generators, dropout, batch norm, momenta, schedules of rate, λ and
-weights, layers that thaw, validation and selection, and the metrics file.
+Everything that a resumed run has to find again takes part: loaders of different lengths that shuffle, one of them by a
+    generator
+of its own, augmentation by Python's, NumPy's and PyTorch's generators, dropout, batch norm, momenta, schedules of rate,
+λ and weights, layers that thaw, validation and selection, and the metrics file.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def train(folder: Path) -> None:
     source = DataLoader(data, batch_size=8, shuffle=True, collate_fn=augment, drop_last=True)
     generator = torch.Generator().manual_seed(4)
     target = DataLoader(TensorDataset(inputs[:50] + 1), batch_size=9, shuffle=True, generator=generator)
-    extractor = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 8), nn.ReLU())
+    extractor = nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 8), nn.ReLU()
+    )
     terms = [
         CORALTerm(["feature_extractor.1", "feature_extractor"], weight=lambda p: 10 * p),
         DomainAdversarialTerm(nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.2), nn.Linear(4, 1)), lambd=dann_lambda),

@@ -20,11 +20,11 @@ def freeze(
 
     Args:
         model: any module.
-        names: modules or parameters, by name (`"layer1"` has all that is in it) or pattern (`"blocks.[0-5]"`, `"*.norm1"`);
-            without names and depth, the whole model.
+        names: modules or parameters, by name (`"layer1"` has all that is in it) or pattern (`"blocks.[0-5]"`,
+            `"*.norm1"`); without names and depth, the whole model.
         depth: the lowest so many layers, as :func:`fastda.finetuning.find_layers` finds them.
-        normalisation: what frozen normalisation layers with running statistics do, also after `model.train()`: "keep" their
-            statistics, use the "batch"'s, or "train": see :func:`fastda.finetuning.set_normalisation`.
+        normalisation: what frozen normalisation layers with running statistics do, also after `model.train()`: "keep"
+            their statistics, use the "batch"'s, or "train": see :func:`fastda.finetuning.set_normalisation`.
         layers: names of the layers for `depth`, lowest first.
 
     Returns:
@@ -97,9 +97,7 @@ def feature_extraction(model: nn.Module, *, normalisation: str = "keep", layers:
     return unfreeze_top(model, 1, normalisation=normalisation, layers=layers)
 
 
-def unfreeze_top(
-    model: nn.Module, k: int, *, normalisation: str = "keep", layers: Layers | None = None
-) -> nn.Module:
+def unfreeze_top(model: nn.Module, k: int, *, normalisation: str = "keep", layers: Layers | None = None) -> nn.Module:
     """Train the top k layers, and freeze those below.
 
     Args:
@@ -157,7 +155,8 @@ def _chosen(model, names: Sequence[str], depth: int | None, layers, from_the_top
 
 
 def _set_trainable(model: nn.Module, names: Iterable[str], trainable: bool, statistics: str) -> None:
-    """A norm follows its own parameters; one without any (affine=False) the module that holds it, if all of that is chosen."""
+    """A norm follows its own parameters; one without any (affine=False) the module that holds it, if all of that is
+    chosen."""
     names = set(names)
     for name, parameter in model.named_parameters():
         if name in names:

@@ -17,9 +17,9 @@ from .normalisation import CHOICES
 class GradualUnfreezing:
     r"""Thaw a model from the top, one layer every few epochs, each at its own rate.
 
-    Freezes all but the top `start` layers of `model` at once. `start_epoch` thaws the layers that are due and gives their
-    parameters to the optimiser as new groups, whose rates are η·γ^(L − l) times what the schedule has made of the others' by
-    then; nothing that the optimiser has gathered (momenta, step counts) is lost.
+    Freezes all but the top `start` layers of `model` at once. `start_epoch` thaws the layers that are due and gives
+    their parameters to the optimiser as new groups, whose rates are η·γ^(L − l) times what the schedule has made of the
+    others' by then; nothing that the optimiser has gathered (momenta, step counts) is lost.
 
     Args:
         model: any module.
@@ -68,7 +68,9 @@ class GradualUnfreezing:
         self.model, self.every, self.start, self.normalisation = model, every, start, normalisation
         self.layers = find_layers(model, layers)
         if start > len(self.layers):
-            raise ValueError(f"start: expected at most the number of layers, {len(self.layers)}, got {start}; start lower")
+            raise ValueError(
+                f"start: expected at most the number of layers, {len(self.layers)}, got {start}; start lower"
+            )
         self._groups = [
             layer_groups(layer, lr * decay**depth, weight_decay) for depth, layer in enumerate(reversed(self.layers))
         ]
@@ -90,9 +92,9 @@ class GradualUnfreezing:
         Args:
             epoch: epochs that are done.
             optimizer: gets the groups of the thawed layers, unless it has their parameters already.
-            scheduler: one that multiplies rates and belongs to `optimizer`, told of the new groups. Those that set rates of
-                their own (OneCycleLR, CyclicLR) and those made of several are a ValueError: give the optimiser all
-                groups from the beginning (`all_parameter_groups`).
+            scheduler: one that multiplies rates and belongs to `optimizer`, told of the new groups. Those that set
+                rates of their own (OneCycleLR, CyclicLR) and those made of several are a ValueError: give the optimiser
+                all groups from the beginning (`all_parameter_groups`).
         """
         checks.whole_number("epoch", epoch, 0)
         due = min(self.start + epoch // self.every, len(self.layers))
@@ -103,7 +105,8 @@ class GradualUnfreezing:
         return thawed[::-1]
 
     def all_parameter_groups(self) -> list[dict]:
-        """Groups of all layers. Frozen parameters have no gradient, so that an optimiser leaves them alone until they thaw."""
+        """Groups of all layers. Frozen parameters have no gradient, so that an optimiser leaves them alone until they
+        thaw."""
         return [dict(group) for groups in self._groups for group in groups]
 
     def state_dict(self) -> dict[str, int]:
@@ -120,14 +123,18 @@ class GradualUnfreezing:
         count = state["num_unfrozen"]
         if not self.start <= count <= len(self.layers):
             raise ValueError(
-                f"state: expected {self.start} to {len(self.layers)} layers thawed, got {count}; load it with the same model"
+                f"state: expected {self.start} to {len(self.layers)} layers thawed, got {count}; load it with the "
+                "same model"
             )
         self._unfreeze(count, optimizer, scheduler)
 
     def _unfreeze(self, count: int, optimizer: torch.optim.Optimizer, scheduler) -> None:
         present = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [
-            group for groups in self._groups[:count] for group in groups if not all(id(p) in present for p in group["params"])
+            group
+            for groups in self._groups[:count]
+            for group in groups
+            if not all(id(p) in present for p in group["params"])
         ]
         if missing and scheduler is not None:
             _check_extendable(scheduler)
@@ -139,7 +146,6 @@ class GradualUnfreezing:
         train_top(self.model, self.layers, count, self.normalisation)
         self.num_unfrozen = count
 
-
     def _share(self, optimizer: torch.optim.Optimizer) -> float:
         """What the schedule has made of the rates by now, all of them alike: the present rate over the first one."""
         rates = {id(p): group["lr"] for groups in self._groups for group in groups for p in group["params"]}
@@ -150,8 +156,19 @@ class GradualUnfreezing:
         return 1.0
 
 
-MULTIPLYING = ("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "LambdaLR", "MultiplicativeLR",
-               "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "ReduceLROnPlateau")  # fmt: skip
+MULTIPLYING = (
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "ExponentialLR",
+    "LambdaLR",
+    "LinearLR",
+    "MultiplicativeLR",
+    "MultiStepLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "StepLR",
+)
 """Schedulers that can be told of a new group."""
 
 

@@ -1,7 +1,8 @@
 """The layers of a model, from its input to its output.
 
-Only modules with parameters count. A module whose parameters are all vectors (a norm, a PReLU, a layer scale) belongs to the
-layer before it. What repeats (a residual block, a transformer block) is one layer, and so is what embeds the input.
+Only modules with parameters count. A module whose parameters are all vectors (a norm, a PReLU, a layer scale) belongs
+to the layer before it. What repeats (a residual block, a transformer block) is one layer, and so is what embeds the
+input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ INPUT_PARAMETER = re.compile(r"token|pos|embed|register")  # cls_token, pos_embe
 
 @dataclass
 class Layer:
-    """One layer: its name and its parameters, by their names in the model; shared parameters are in the lowest layer."""
+    """One layer: its name and its parameters, by their names in the model; shared parameters are in the lowest
+    layer."""
 
     name: str
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -31,22 +33,23 @@ class Layer:
 def find_layers(model: nn.Module, layers: Sequence[str | Sequence[str]] | None = None) -> list[Layer]:
     """The layers of `model`, lowest first.
 
-    Found from the model's own structure: `nn.Sequential` and `nn.ModuleList` are taken apart, and so are modules that hold
-    stacks of blocks (timm's ResNets and vision transformers, Hugging Face's encoders), down to one block a layer. Modules are
-    taken in the order in which they were defined.
+    Found from the model's own structure: `nn.Sequential` and `nn.ModuleList` are taken apart, and so are modules that
+    hold stacks of blocks (timm's ResNets and vision transformers, Hugging Face's encoders), down to one block a layer.
+    Modules are taken in the order in which they were defined.
 
     Args:
-        model: any module. One that has `parallel_heads`, names of submodules beside its top layer (a domain classifier), has
-            them in its top layer.
-        layers: names them instead, lowest first: names of modules or parameters (`"blocks.0"` has all that is in it), or
-            patterns (`"blocks.*.norm1"`); several in a list are one layer. Together they have to take in every parameter.
+        model: any module. One that has `parallel_heads`, names of submodules beside its top layer (a domain
+            classifier), has them in its top layer.
+        layers: names them instead, lowest first: names of modules or parameters (`"blocks.0"` has all that is in it),
+            or patterns (`"blocks.*.norm1"`); several in a list are one layer. Together they have to take in every
+            parameter.
 
     Returns:
         At least two layers, which hold every parameter once.
 
     Raises:
-        ValueError: the layers cannot be told apart, or `layers` leaves a parameter out, takes one twice or matches nothing;
-            says how to name them.
+        ValueError: the layers cannot be told apart, or `layers` leaves a parameter out, takes one twice or matches
+            nothing; says how to name them.
 
     Example:
         >>> from torch import nn
@@ -71,9 +74,13 @@ def matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
     }
     if not parameters:
         names = {part for name, _ in model.named_parameters() for part in _with_parents(name)}
-        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or sorted(names, key=lambda n: (n.count("."), n))[:5]
+        close = (
+            difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+            or sorted(names, key=lambda n: (n.count("."), n))[:5]
+        )
         raise ValueError(
-            f"layers: expected a name or pattern of modules or parameters of {type(model).__name__}, got {pattern!r}, which "
+            f"layers: expected a name or pattern of modules or parameters of {type(model).__name__}, got "
+            f"{pattern!r}, which "
             f"matches none that has parameters; near it are {', '.join(map(repr, close))} (see model.named_modules())"
         )
     return parameters
@@ -98,7 +105,8 @@ def _named_layers(model: nn.Module, layers: Sequence[str | Sequence[str]]) -> li
         for name in layer.parameters:
             if name in owner:
                 raise ValueError(
-                    f"layers: expected each parameter in one layer, got {name!r} in {owner[name]!r} and {layer.name!r}; "
+                    f"layers: expected each parameter in one layer, got {name!r} in {owner[name]!r} and "
+                    f"{layer.name!r}; "
                     f"narrow one of them"
                 )
             owner[name] = layer.name
@@ -107,7 +115,8 @@ def _named_layers(model: nn.Module, layers: Sequence[str | Sequence[str]]) -> li
     if left_out:
         raise ValueError(
             f"layers: expected every parameter in a layer, got none for {', '.join(left_out[:5])}"
-            f"{f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''}; add their modules to the layers they belong to"
+            f"{f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''}; add their modules to the layers they "
+            "belong to"
         )
     return found
 
@@ -152,7 +161,8 @@ class _Piece:
         return all(p.dim() <= 1 for p in self.parameters)
 
     def is_beside(self, above: _Piece, model: nn.Module) -> bool:
-        """Whether two pieces are parallel: embeddings that are added, or linear layers that cannot follow each other."""
+        """Whether two pieces are parallel: embeddings that are added, or linear layers that cannot follow each
+        other."""
         one, other = self.module, above.module
         if isinstance(one, nn.Embedding) and isinstance(other, nn.Embedding):
             return self.parent is above.parent
@@ -191,13 +201,17 @@ def _pieces(model: nn.Module, heads: tuple[str, ...]) -> Iterator[_Piece]:
             return False
         parts = [part for part in child.children() if _has_parameters(part)]
         plain = all(_is_leaf(part) or isinstance(part, nn.Sequential) for part in parts)
-        embeds = any(isinstance(part, nn.Embedding) for part in parts) or any(True for _ in child.parameters(recurse=False))
+        embeds = any(isinstance(part, nn.Embedding) for part in parts) or any(
+            True for _ in child.parameters(recurse=False)
+        )
         return plain and not embeds and sum(map(_matrices, parts)) > 1
 
     def split(name: str, module: nn.Module) -> Iterator[_Piece]:
         children = [(_join(name, n), child) for n, child in module.named_children() if _has_parameters(child)]
         children = [(n, child) for n, child in children if n not in heads]
-        towers = {type(child).__name__ for _, child in children if not isinstance(child, CONTAINERS) and holds_stack(child)}
+        towers = {
+            type(child).__name__ for _, child in children if not isinstance(child, CONTAINERS) and holds_stack(child)
+        }
         if len(towers) > 1:
             raise _cannot_tell(model, f"{' and '.join(sorted(towers))} may stand side by side")
         if isinstance(module, nn.ModuleList) and sum(isinstance(child, CONTAINERS) for _, child in children) > 1:

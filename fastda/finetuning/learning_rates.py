@@ -22,22 +22,24 @@ def layerwise_lr_decay(
 
     .. math:: \eta_l = \eta \, \gamma^{L - l}, \qquad l = 1 \ldots L
 
-    The top layer L has the full rate. Layers are what :func:`fastda.finetuning.find_layers` finds, frozen ones included.
+    The top layer L has the full rate. Layers are what :func:`fastda.finetuning.find_layers` finds, frozen ones
+    included.
 
-    The rate is each group's own `lr`, so that it takes effect with any optimiser and is multiplied by any scheduler. Schedulers
-    that set rates rather than multiply them (OneCycleLR, CyclicLR) take a list: `max_lr=[group["lr"] for group in groups]`.
+    The rate is each group's own `lr`, so that it takes effect with any optimiser and is multiplied by any scheduler.
+    Schedulers that set rates rather than multiply them (OneCycleLR, CyclicLR) take a list: `max_lr=[group["lr"] for
+    group in groups]`.
 
     Args:
         model: any module.
         lr: η, the rate of the top layer; above 0.
         decay: γ, in (0, 1].
-        weight_decay: that of matrices and kernels, None for the optimiser's own. Biases and parameters of one dimension or
-            fewer (norms) have none.
+        weight_decay: that of matrices and kernels, None for the optimiser's own. Biases and parameters of one dimension
+            or fewer (norms) have none.
         layers: names of the layers, lowest first; see :func:`fastda.finetuning.find_layers`.
 
     Returns:
-        Groups for any torch optimiser, lowest layer first, each with `params`, `lr`, `name` (the layer's); every parameter of
-        the model is in one of them.
+        Groups for any torch optimiser, lowest layer first, each with `params`, `lr`, `name` (the layer's); every
+        parameter of the model is in one of them.
 
     Raises:
         TypeError: `lr` or `decay` is not a number.
@@ -58,7 +60,9 @@ def layerwise_lr_decay(
     check_rates(lr, decay, weight_decay)
     found = find_layers(model, layers)
     return [
-        group for depth, layer in enumerate(reversed(found)) for group in layer_groups(layer, lr * decay**depth, weight_decay)
+        group
+        for depth, layer in enumerate(reversed(found))
+        for group in layer_groups(layer, lr * decay**depth, weight_decay)
     ][::-1]
 
 

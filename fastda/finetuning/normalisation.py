@@ -40,14 +40,14 @@ _classes: dict[tuple[str, type], type] = {}
 def set_normalisation(model: nn.Module, statistics: str) -> nn.Module:
     """Choose which statistics the normalisation layers of `model` use, for good: `model.train()` does not undo it.
 
-    Concerns layers with running statistics (BatchNorm, and InstanceNorm that tracks them); LayerNorm, GroupNorm and RMSNorm
-    have none. Scale and shift are parameters, which `freeze` and `unfreeze` see to.
+    Concerns layers with running statistics (BatchNorm, and InstanceNorm that tracks them); LayerNorm, GroupNorm and
+    RMSNorm have none. Scale and shift are parameters, which `freeze` and `unfreeze` see to.
 
     Args:
         model: any module; a norm itself, or one that has norms in it.
-        statistics: "train" is PyTorch's own behaviour: the batch's in training, where the running ones follow them, and the
-            running ones in evaluation. "keep" always uses the running ones, and leaves them as they are. "batch" always uses
-            the batch's, in evaluation too, and leaves the running ones as they are.
+        statistics: "train" is PyTorch's own behaviour: the batch's in training, where the running ones follow them, and
+            the running ones in evaluation. "keep" always uses the running ones, and leaves them as they are. "batch"
+            always uses the batch's, in evaluation too, and leaves the running ones as they are.
 
     Returns:
         `model`.

@@ -18,10 +18,10 @@ class DomainAdversarialTerm(Term):
     """The loss of a domain classifier, whose gradient reaches the features reversed and scaled by λ.
 
     Args:
-        domain_classifier: from features to one logit a sample; by default two layers of 256 units, for the number of features
-            that the label predictor takes.
-        lambd: λ, a number or a function of the progress of training; by default the paper's, which rises from 0 to 1. Where
-            it is too strong the features collapse: try 0.03 to 0.3 times that (`lambda p: 0.1 * dann_lambda(p)`).
+        domain_classifier: from features to one logit a sample; by default two layers of 256 units, for the number of
+            features that the label predictor takes.
+        lambd: λ, a number or a function of the progress of training; by default the paper's, which rises from 0 to 1.
+            Where it is too strong the features collapse: try 0.03 to 0.3 times that (`lambda p: 0.1 * dann_lambda(p)`).
         weight: weight of the whole loss, for the domain classifier and the features alike.
         name: its name in the losses.
     """
@@ -48,11 +48,14 @@ class DomainAdversarialTerm(Term):
         if passed.process_group is None:
             return domain_adversarial_loss(source, target)
         source, target = domain_adversarial_loss(source, target, reduction="none")
-        return (mean(source, source.numel(), passed.process_group) + mean(target, target.numel(), passed.process_group)) / 2
+        return (
+            mean(source, source.numel(), passed.process_group) + mean(target, target.numel(), passed.process_group)
+        ) / 2
 
 
 class DANN(Method):
-    r"""Domain-adversarial training: L = L_y − λ·L_d, the minus sign being a gradient reversal before the domain classifier.
+    r"""Domain-adversarial training: L = L_y − λ·L_d, the minus sign being a gradient reversal before the domain
+    classifier.
 
     Args:
         feature_extractor, label_predictor: as in :class:`Method`.
@@ -90,8 +93,10 @@ def _default_classifier(label_predictor: nn.Module) -> nn.Module:
     linear = next((module for module in label_predictor.modules() if isinstance(module, nn.Linear)), None)
     if linear is None:
         raise ValueError(
-            "domain_classifier: expected a module, got None, and the label predictor has no linear layer that would tell the "
-            "number of features; pass one, such as nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 1))"
+            "domain_classifier: expected a module, got None, and the label predictor has no linear layer that would "
+            "tell the "
+            "number of features; pass one, such as nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, "
+            "1))"
         )
     return nn.Sequential(
         nn.Linear(linear.in_features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)

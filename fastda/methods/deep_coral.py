@@ -14,11 +14,12 @@ class CORALTerm(Term):
     """The CORAL loss over layers of the method, which may be of the feature extractor or of the label predictor.
 
     Args:
-        layers: names as in `method.named_modules()`: "feature_extractor" is its output, "feature_extractor.layer4" a layer
-            within, "label_predictor" the logits.
+        layers: names as in `method.named_modules()`: "feature_extractor" is its output, "feature_extractor.layer4" a
+            layer within, "label_predictor" the logits.
         weight: α; with the paper's scale useful ones are 100 to 1000.
         name: its name in the losses.
-        options: those of :class:`fastda.nn.DeepCORALLoss`: `weights` of the layers, `scale`, `mean_weight`, `correction`, `pool`.
+        options: those of :class:`fastda.nn.DeepCORALLoss`: `weights` of the layers, `scale`, `mean_weight`,
+            `correction`, `pool`.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class DeepCORAL(Method):
     Args:
         feature_extractor, label_predictor: as in :class:`Method`.
         layers: names as in `method.named_modules()`; by default the features, "feature_extractor".
-        weight: α, a number or a function of the progress of training; with the paper's scale useful ones are 100 to 1000.
+        weight: α, a number or a function of the progress of training; with the paper's scale useful ones are 100 to
+            1000.
         weights: one a layer, all 1 by default.
         scale, mean_weight, correction, pool: as in :class:`fastda.nn.DeepCORALLoss`.
         options: those of :class:`Method`.
@@ -83,6 +85,12 @@ class DeepCORAL(Method):
         **options,
     ) -> None:
         term = CORALTerm(
-            layers, weight=weight, weights=weights, scale=scale, mean_weight=mean_weight, correction=correction, pool=pool
+            layers,
+            weight=weight,
+            weights=weights,
+            scale=scale,
+            mean_weight=mean_weight,
+            correction=correction,
+            pool=pool,
         )
         super().__init__(feature_extractor, label_predictor, [term], **options)

@@ -51,8 +51,8 @@ class Term(nn.Module):
         name: its name in the method's losses and in the logs.
         weight: a number, or a function from the progress of training, 0 to 1, to one.
 
-    A subclass with `needs_target_logits = True` finds them in `passed`. `attach(method)` is called once, when the method has
-    its networks. Parameters of its own (a domain classifier) are trained with the network's.
+    A subclass with `needs_target_logits = True` finds them in `passed`. `attach(method)` is called once, when the
+    method has its networks. Parameters of its own (a domain classifier) are trained with the network's.
     """
 
     needs_target_logits = False
@@ -77,21 +77,21 @@ class Method(nn.Module):
 
     .. math:: L = L_{task} + w_{target} \, L_{target\ task} + \sum_k w_k \, L_k
 
-    `method(inputs)` gives the logits; `method.losses(...)` the terms of L by name, weights included, from a batch of each
-    domain; their sum is what to descend. :class:`SourceOnly`, :class:`DeepCORAL` and :class:`DANN` are methods with no term
-    and one; with several, it is a combination.
+    `method(inputs)` gives the logits; `method.losses(...)` the terms of L by name, weights included, from a batch of
+    each domain; their sum is what to descend. :class:`SourceOnly`, :class:`DeepCORAL` and :class:`DANN` are methods
+    with no term and one; with several, it is a combination.
 
     Args:
-        feature_extractor: from inputs to features; any module. Inputs may be a tensor, a tuple (positional arguments) or a
-            dictionary (keyword arguments, as of Hugging Face's models).
+        feature_extractor: from inputs to features; any module. Inputs may be a tensor, a tuple (positional arguments)
+            or a dictionary (keyword arguments, as of Hugging Face's models).
         label_predictor: from features to logits (N, C).
         terms: the losses beside the task loss.
         task_loss: from logits and labels to one loss a sample; cross-entropy by default. Label smoothing:
             `partial(F.cross_entropy, reduction="none", label_smoothing=0.1)`.
-        target_label_weight: w_target. At 0 the labels in target batches are never looked at: unsupervised adaptation. Above 0
-            they count where they are known; negative labels are unknown. A number, or a function of progress.
-        passes: "joint" sends both domains through the network together, so that batch norms see both; "separate" one after
-            the other.
+        target_label_weight: w_target. At 0 the labels in target batches are never looked at: unsupervised adaptation.
+            Above 0 they count where they are known; negative labels are unknown. A number, or a function of progress.
+        passes: "joint" sends both domains through the network together, so that batch norms see both; "separate" one
+            after the other.
 
     Raises:
         TypeError: a network that is no module.
@@ -128,7 +128,9 @@ class Method(nn.Module):
         self.terms = nn.ModuleDict()
         for term in terms:
             if term.name in {*self.terms, "task", "target_task"}:
-                raise ValueError(f"terms: expected each name once, got {term.name!r} again; give one of them another name")
+                raise ValueError(
+                    f"terms: expected each name once, got {term.name!r} again; give one of them another name"
+                )
             self.terms[term.name] = term
         self.task_loss, self.passes, self.process_group = task_loss, passes, None
         self.uses_target_labels = callable(target_label_weight) or target_label_weight != 0
@@ -167,7 +169,9 @@ class Method(nn.Module):
             del values["target_label_weight"]
         return values
 
-    def losses(self, source, source_labels: Tensor, target=None, target_labels: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, source, source_labels: Tensor, target=None, target_labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The weighted terms of the objective; their sum is what to descend.
 
         Args:
@@ -247,8 +251,8 @@ class SourceOnly(Method):
 
 
 def mean(losses: Tensor, count: Tensor | int, process_group) -> Tensor:
-    """Σ losses / count, 0 for none. Over processes, the sum is of this one and the count of all, times their number, so that
-    the mean over processes is that of the whole batch."""
+    """Σ losses / count, 0 for none. Over processes, the sum is of this one and the count of all, times their number, so
+    that the mean over processes is that of the whole batch."""
     count = torch.as_tensor(count, device=losses.device)
     if process_group is None:
         return losses.sum() / count.clamp(min=1)

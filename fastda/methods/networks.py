@@ -29,7 +29,8 @@ def concatenate(source, target):
         return [concatenate(one, other) for one, other in zip(source, target)]
     if source.shape[1:] != target.shape[1:]:
         raise ValueError(
-            f"target: expected samples of the source's shape, {tuple(source.shape[1:])}, got {tuple(target.shape[1:])}; "
+            f"target: expected samples of the source's shape, {tuple(source.shape[1:])}, got "
+            f"{tuple(target.shape[1:])}; "
             f'resize them, or choose passes="separate"'
         )
     return torch.cat([source, target])

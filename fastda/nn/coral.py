@@ -21,17 +21,18 @@ class DeepCORALLoss(nn.Module):
 
     .. math:: L = \sum_l w_l \, s_l \, \lVert C_s^l - C_t^l \rVert_F^2
 
-    Run the model once on both domains, source first, and call the loss with the number of source samples; or run it on the
-    source, then on the target, and call the loss without arguments. What was watched is then forgotten. Passes without
-    gradients (`torch.no_grad()`, as in evaluation) are not watched.
+    Run the model once on both domains, source first, and call the loss with the number of source samples; or run it on
+    the source, then on the target, and call the loss without arguments. What was watched is then forgotten. Passes
+    without gradients (`torch.no_grad()`, as in evaluation) are not watched.
 
     Args:
         model: any module.
-        layers: names of the modules to watch, as in `model.named_modules()`; one name, or several. A layer whose output is a
-            tuple is taken by the first tensor in it, a Hugging Face output by its logits, pooled output or last hidden state.
+        layers: names of the modules to watch, as in `model.named_modules()`; one name, or several. A layer whose output
+            is a tuple is taken by the first tensor in it, a Hugging Face output by its logits, pooled output or last
+            hidden state.
         weights: w, one a layer; all 1 by default.
-        correction, scale, mean_weight, process_group: as in :func:`fastda.coral_loss`. With the paper's scale useful weights
-            of the whole loss are 100 to 1000.
+        correction, scale, mean_weight, process_group: as in :func:`fastda.coral_loss`. With the paper's scale useful
+            weights of the whole loss are 100 to 1000.
         pool: how outputs of more than two dimensions become features: "mean" or "max" over positions, "flatten", or a
             function from the output to (samples, features). Positions are all dimensions after the channels for maps
             (N, C, H, W), and the tokens of sequences (N, T, D).
@@ -41,11 +42,11 @@ class DeepCORALLoss(nn.Module):
         outputs, else float32.
 
     Raises:
-        ValueError: a name that the model has not, no layers, or an unknown `scale` or `pool`; at the call, a model that ran
-            not at all or too often, and what :func:`fastda.coral_loss` raises.
+        ValueError: a name that the model has not, no layers, or an unknown `scale` or `pool`; at the call, a model that
+            ran not at all or too often, and what :func:`fastda.coral_loss` raises.
 
-    Differentiable any number of times with respect to the outputs of the layers. Blind spot: covariances that agree while
-    higher moments differ.
+    Differentiable any number of times with respect to the outputs of the layers. Blind spot: covariances that agree
+    while higher moments differ.
 
     Source: Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, ECCV workshops 2016.
 
@@ -94,15 +95,18 @@ class DeepCORALLoss(nn.Module):
         ]
 
     def forward(self, num_source: int | None = None) -> Tensor:
-        """The loss between the domains of the last pass, of which `num_source` samples are source; or of the last two passes."""
+        """The loss between the domains of the last pass, of which `num_source` samples are source; or of the last two
+        passes."""
         passes = 1 if num_source is not None else 2
         for name, watched in zip(self.layers, self._watched):
             if len(watched.outputs) != passes:
                 count = len(watched.outputs)
                 self.forget()
                 raise ValueError(
-                    f"layers: expected {name!r} to have run {'once' if passes == 1 else 'twice'} since the last loss, got "
-                    f"{count} times; run the model on source and target together and pass num_source, or on one after the "
+                    f"layers: expected {name!r} to have run {'once' if passes == 1 else 'twice'} since the last "
+                    "loss, got "
+                    f"{count} times; run the model on source and target together and pass num_source, or on one "
+                    "after the "
                     f"other and pass nothing; evaluate under torch.no_grad()"
                 )
         outputs = [[self._features(name, x) for x in w.outputs] for name, w in zip(self.layers, self._watched)]
@@ -171,6 +175,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         close += [n for n in names if n.endswith(f".{name}") and n not in close]
         near = f"; near it are {', '.join(map(repr, close))}" if close else ""
         raise ValueError(
-            f"layers: expected names of modules of {type(model).__name__}, got {name!r}{near} (see model.named_modules())"
+            f"layers: expected names of modules of {type(model).__name__}, got {name!r}{near} (see "
+            "model.named_modules())"
         )
     return names[name]

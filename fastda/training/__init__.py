@@ -2,7 +2,8 @@
 
 from .data import PartlyLabelled
 from .evaluation import Evaluation, evaluate, predict
-from .fit import Fit, fit
+from .fit import fit
+from .loop import Fit
 from .validators import VALIDATORS, information_maximisation, negative_entropy, soft_neighbourhood_density
 
 __all__ = [

@@ -12,7 +12,8 @@ FORMAT = 1
 
 
 def save(path: Path, state: dict) -> None:
-    """Write beside `path`, flush to the disk, then rename: whoever looks finds the old checkpoint or the whole new one."""
+    """Write beside `path`, flush to the disk, then rename: whoever looks finds the old checkpoint or the whole new
+    one."""
     _check_plain("checkpoint", state)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -31,7 +32,9 @@ def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU; only tensors and plain values are read."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"checkpoint: expected one of fastda's of format {FORMAT}, got another file, {str(path)!r}; remove it")
+        raise ValueError(
+            f"checkpoint: expected one of fastda's of format {FORMAT}, got another file, {str(path)!r}; remove it"
+        )
     return state
 
 
@@ -45,6 +48,7 @@ def _check_plain(where: str, value) -> None:
             _check_plain(f"{where}[{index}]", part)
     elif not isinstance(value, (Tensor, int, float, str, type(None))):
         raise TypeError(
-            f"checkpoint: expected tensors and plain values, got a {type(value).__name__} at {where}; it could not be read back "
+            f"checkpoint: expected tensors and plain values, got a {type(value).__name__} at {where}; it could not "
+            "be read back "
             f"without unpickling (of a LambdaLR, pass lr_schedule to fit instead)"
         )

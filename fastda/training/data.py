@@ -49,14 +49,16 @@ class PartlyLabelled(Dataset):
 
 
 def unpack(name: str, batch) -> tuple[object, Tensor | None]:
-    """Inputs and labels (None where there are none) of a batch: a tensor, (inputs,), (inputs, labels), or a dictionary."""
+    """Inputs and labels (None where there are none) of a batch: a tensor, (inputs,), (inputs, labels), or a
+    dictionary."""
     if isinstance(batch, Mapping):
         key = next((key for key in LABEL_KEYS if key in batch), None)
         return {k: v for k, v in batch.items() if k != key}, batch[key] if key else None
     if isinstance(batch, (tuple, list)):
         if len(batch) not in (1, 2):
             raise ValueError(
-                f"{name}: expected batches of (inputs, labels), got {len(batch)} entries; let the data set or collate_fn give "
+                f"{name}: expected batches of (inputs, labels), got {len(batch)} entries; let the data set or "
+                "collate_fn give "
                 f"these two, inputs being a tuple or a dictionary if the model takes several"
             )
         return batch[0], batch[1] if len(batch) == 2 else None

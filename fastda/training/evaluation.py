@@ -32,7 +32,8 @@ class Evaluation:
         class_confidence: confidence, by predicted class; NaN for a class that was never predicted.
         loss: mean cross-entropy of the labelled samples, in nats.
         num_samples, num_labelled: of the data set.
-        logits, labels: (N, C) and (N,), float32 on the CPU, for what else there is to compute; labels −100 where unknown.
+        logits, labels: (N, C) and (N,), float32 on the CPU, for what else there is to compute; labels −100 where
+            unknown.
     """
 
     accuracy: float
@@ -51,8 +52,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, C) and labels (N,) of all batches of a loader, on the CPU; labels are −100 where there are none.
 
-    In evaluation mode and without gradients; the modes of the model's modules and the states of the random generators are left
-    as they were.
+    In evaluation mode and without gradients; the modes of the model's modules and the states of the random generators
+    are left as they were.
 
     Args:
         model: from inputs to logits: a :class:`fastda.methods.Method` or any module.
@@ -89,7 +90,8 @@ def evaluate(
     """Accuracy and confidence of a classifier, overall and by class.
 
     Args:
-        model, loader, device, precision: as in :func:`predict`. Samples with negative labels count for the confidence alone.
+        model, loader, device, precision: as in :func:`predict`. Samples with negative labels count for the confidence
+            alone.
 
     Raises:
         What :func:`predict` raises.
@@ -109,7 +111,9 @@ def evaluate(
 def summarise(logits: Tensor, labels: Tensor) -> Evaluation:
     """What the logits and labels of a data set say."""
     if logits.dim() != 2:
-        raise ValueError(f"model: expected logits of shape (samples, classes), got {checks.describe(logits)}; flatten them")
+        raise ValueError(
+            f"model: expected logits of shape (samples, classes), got {checks.describe(logits)}; flatten them"
+        )
     confidence, predicted = logits.double().softmax(1).max(1)
     known = labels >= 0
     right = (predicted == labels)[known].double()

@@ -13,7 +13,8 @@ from . import random_states
 class Stream:
     """The batches of a loader, pass after pass. Its position can be saved, and found again to the bit.
 
-    A position is the number of batches taken in the present pass, and the states of all generators when it began: going back
+    A position is the number of batches taken in the present pass, and the states of all generators when it began: going
+        back
     means beginning the pass again from those states, and reading as many batches.
     """
 
@@ -32,7 +33,9 @@ class Stream:
             batch = next(self.iterator)
         except StopIteration:
             if self.position == 0:
-                raise ValueError(f"{self.name}: expected a loader with at least one batch, got none; give it data") from None
+                raise ValueError(
+                    f"{self.name}: expected a loader with at least one batch, got none; give it data"
+                ) from None
             self.passes, self.position = self.passes + 1, 0
             self._begin()
             return self.next()
@@ -79,7 +82,8 @@ def check_resumable(name: str, loader) -> None:
     """Workers that outlive a pass keep random states that cannot be seen from here."""
     if getattr(loader, "persistent_workers", False):
         raise ValueError(
-            f"{name}: expected a loader with persistent_workers=False, so that training can be resumed to the bit, got True; "
+            f"{name}: expected a loader with persistent_workers=False, so that training can be resumed to the bit, "
+            "got True; "
             f"turn it off, or pass checkpoint=None"
         )
 
@@ -104,7 +108,8 @@ def share(name: str, loader, rank: int, world: int, seed: int):
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             f"{name}: expected a DataLoader over a map-style data set, to divide it among {world} processes, got "
-            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}; divide it by torch.distributed."
+            f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}; divide it by "
+            "torch.distributed."
             f"get_rank() yourself and pass divide_loaders=False"
         )
     batched = loader.batch_sampler is not None
@@ -125,8 +130,8 @@ def share(name: str, loader, rank: int, world: int, seed: int):
 
 
 class _Share(Sampler):
-    """Every `world`-th of a sampler's batches. All processes draw the same order; batches that are too few for one each are
-    left out."""
+    """Every `world`-th of a sampler's batches. All processes draw the same order; batches that are too few for one each
+    are left out."""
 
     def __init__(self, name: str, sampler, rank: int, world: int, seed: int) -> None:
         if len(sampler) < world:

@@ -13,7 +13,8 @@ SUFFIXES = (".csv", ".jsonl")
 
 
 class MetricsFile:
-    """A CSV (.csv) or JSON-lines (.jsonl) file that grows by a row at a time, and can be cut back to an earlier length."""
+    """A CSV (.csv) or JSON-lines (.jsonl) file that grows by a row at a time, and can be cut back to an earlier
+    length."""
 
     def __init__(self, path: str | os.PathLike, columns: list[str]) -> None:
         self.path, self.columns = Path(path), columns
@@ -28,7 +29,8 @@ class MetricsFile:
             os.truncate(self.path, length)
         elif length:
             raise ValueError(
-                f"log: expected the file that the checkpoint goes with, of at least {length} bytes, got {str(self.path)!r}; "
+                f"log: expected the file that the checkpoint goes with, of at least {length} bytes, got "
+                f"{str(self.path)!r}; "
                 f"put it back, or remove the checkpoint"
             )
         else:

@@ -1,12 +1,14 @@
 """Model selection: scores of a validation set, higher is better; those of the target need no labels.
 
-==========================  ================================================================================================
+==========================
+================================================================================================
 `source_accuracy`           of the source; says little about the target, and is often the best of the unsupervised ones
 `target_accuracy`           needs target labels: then selection is no longer unsupervised, which results have to say
 `negative_entropy`          how sure the predictions are; a collapsed model is sure too
 `information_maximisation`  sure predictions, spread over the classes
 `snd`                       soft neighbourhood density: predictions that agree form dense groups
-==========================  ================================================================================================
+==========================
+================================================================================================
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def negative_entropy(logits: Tensor) -> float:
     Args:
         logits: (N, C), floating.
 
-    Source: Morerio, Cavazza & Murino, Minimal-Entropy Correlation Alignment for Unsupervised Deep Domain Adaptation, ICLR 2018
+    Source: Morerio, Cavazza & Murino, Minimal-Entropy Correlation Alignment for Unsupervised Deep Domain Adaptation,
+        ICLR 2018
     (entropy on the target for choosing hyperparameters).
 
     Example:
@@ -75,7 +78,8 @@ def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> flo
         logits: (N, C), floating; N at least 2.
         temperature: τ.
 
-    Source: Saito et al., Tune It the Right Way: Unsupervised Validation of Domain Adaptation via Soft Neighborhood Density,
+    Source: Saito et al., Tune It the Right Way: Unsupervised Validation of Domain Adaptation via Soft Neighborhood
+        Density,
     ICCV 2021.
 
     Example:
@@ -102,7 +106,9 @@ def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> flo
 def _log_probabilities(logits: Tensor) -> Tensor:
     checks.floating("logits", logits)
     if logits.dim() != 2 or not len(logits):
-        raise ValueError(f"logits: expected shape (samples, classes), got {checks.describe(logits)}; flatten it to that")
+        raise ValueError(
+            f"logits: expected shape (samples, classes), got {checks.describe(logits)}; flatten it to that"
+        )
     return logits.double().log_softmax(1)
 
 

@@ -1,0 +1,42 @@
+"""What nn, methods, training and finetuning offer: documented, with examples that run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+
+import pytest
+
+MODULES = ("nn", "methods", "training", "finetuning")
+PUBLIC = [
+    pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
+    for module in MODULES
+    for name in importlib.import_module(f"fastda.{module}").__all__
+]
+CALLABLES = [
+    parameter for parameter in PUBLIC if inspect.isclass(parameter.values[0]) or inspect.isfunction(parameter.values[0])
+]
+# What a method's example shows, or what comes out of a function whose example shows it.
+WITHOUT_EXAMPLE = {"Term", "Passed", "CORALTerm", "DomainAdversarialTerm", "Layer", "Evaluation", "Fit", "predict"}
+
+
+@pytest.mark.parametrize("thing", CALLABLES)
+def test_documented(thing):
+    """Each argument is described, but for those that are another's and said to be so."""
+    text = inspect.getdoc(thing)
+    assert len(text) > 40
+    if thing.__name__ in {"Passed", "Layer", "Evaluation", "Fit"}:
+        return
+    for name, parameter in inspect.signature(thing).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            assert name in text.partition("Args:")[2], f"{name} is not described"
+
+
+@pytest.mark.parametrize("thing", CALLABLES)
+def test_examples_run(thing):
+    tests = doctest.DocTestFinder(recurse=False).find(thing, thing.__name__, globs={})
+    assert bool(sum(len(test.examples) for test in tests)) != (thing.__name__ in WITHOUT_EXAMPLE)
+    for test in tests:
+        result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+        assert result.failed == 0
