@@ -290,6 +290,14 @@ def hugging_face(transformers, name: str) -> tuple[nn.Module, tuple[str, ...]]:
         model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SMALL))
         blocks = [f"bert.encoder.layer.{i}" for i in range(3)]
         return model, ("bert.embeddings", *blocks, "bert.pooler", "classifier")
+    if name == "xlm-roberta":  # its classifier is defined before its encoder
+        model = transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(vocab_size=50, **SMALL))
+        blocks = [f"roberta.encoder.layer.{i}" for i in range(3)]
+        return model, ("roberta.embeddings", *blocks, "classifier.dense", "classifier.out_proj")
+    if name == "mpnet":  # positions between words are an embedding that all blocks share
+        model = transformers.MPNetForSequenceClassification(transformers.MPNetConfig(vocab_size=50, **SMALL))
+        blocks = [f"mpnet.encoder.layer.{i}" for i in range(3)]
+        return model, ("mpnet.embeddings", *blocks, "classifier.dense", "classifier.out_proj")
     if name == "distilbert":
         config = transformers.DistilBertConfig(vocab_size=50, dim=16, n_layers=3, n_heads=2, hidden_dim=32)
         blocks = [f"distilbert.transformer.layer.{i}" for i in range(3)]
@@ -304,7 +312,7 @@ def hugging_face(transformers, name: str) -> tuple[nn.Module, tuple[str, ...]]:
     return transformers.LlamaForSequenceClassification(config), ("model.embed_tokens", *blocks, "score")
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "vit", "llama"])
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta", "mpnet", "distilbert", "vit", "llama"])
 def test_hugging_face(transformers, name):
     model, layers = hugging_face(transformers, name)
     assert table(model) == steps_down(*layers)
@@ -380,8 +388,12 @@ def test_plain_pytorch(model, layers):
             module(branches=nn.ModuleList([five_layers(), five_layers()]), head=nn.Linear(4, 2)),
             "the parts of 'branches' may",
         ),
+        (
+            module(head=nn.Linear(4, 2), body=five_layers()),
+            "'head' was defined before 'body.0', and may stand above it",
+        ),
     ],
-    ids=["one layer", "none", "a parameter outside", "a second head", "branches"],
+    ids=["one layer", "none", "a parameter outside", "a second head", "branches", "the head first"],
 )
 def test_what_cannot_be_told_apart_is_an_error_that_says_how_to_name_it(model, why):
     with pytest.raises(ValueError, match=f"^model: .*{why}.*; name them from input to output, as in layers="):

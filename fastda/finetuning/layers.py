@@ -1,8 +1,8 @@
 """The layers of a model, from its input to its output.
 
 Only modules with parameters count. A module whose parameters are all vectors (a norm, a PReLU, a layer scale) belongs
-to the layer before it. What repeats (a residual block, a transformer block) is one layer, and so is what embeds the
-input.
+to the layer before it, and so does an embedding above the input (positions, relative positions). What repeats (a
+residual block, a transformer block) is one layer, and so is what embeds the input.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 INPUT_PARAMETER = re.compile(r"token|pos|embed|register")  # cls_token, pos_embed, position_embeddings, reg_token
+HEAD = re.compile(r"(^|\.)(head|heads|classifier|classification_head|lm_head|score|logits)(\.|$)")
+MAY_FOLLOW_HEAD = re.compile(r"head|classif|score|logit|fc|out|pred|proj|linear|norm")
 
 
 @dataclass
@@ -35,7 +37,7 @@ def find_layers(model: nn.Module, layers: Sequence[str | Sequence[str]] | None =
 
     Found from the model's own structure: `nn.Sequential` and `nn.ModuleList` are taken apart, and so are modules that
     hold stacks of blocks (timm's ResNets and vision transformers, Hugging Face's encoders), down to one block a layer.
-    Modules are taken in the order in which they were defined.
+    Modules are taken in the order in which they were defined, Hugging Face's base models before the heads on them.
 
     Args:
         model: any module. One that has `parallel_heads`, names of submodules beside its top layer (a domain
@@ -127,12 +129,14 @@ def _structural_layers(model: nn.Module, heads: tuple[str, ...]) -> list[Layer]:
     found: list[Layer] = []
     seen: set[int] = set()
     last = None
-    for piece in _pieces(model, heads):
+    pieces = list(_pieces(model, heads))
+    _check_order(model, pieces)
+    for piece in pieces:
         new = {names[id(p)]: p for p in piece.parameters if id(p) not in seen and names[id(p)] not in beside}
         seen.update(map(id, piece.parameters))
         if not new:
             continue
-        if last is not None and (piece.is_vectors or last.is_vectors or last.is_beside(piece, model)):
+        if last is not None and (piece.is_vectors or last.is_vectors or piece.is_embedding or last.is_beside(piece, model)):
             found[-1].parameters |= new
             if last.is_vectors and not piece.is_vectors:  # a norm of the input is in the first layer
                 found[-1].name, last = piece.name, piece
@@ -160,12 +164,13 @@ class _Piece:
             return not self.takes_input
         return all(p.dim() <= 1 for p in self.parameters)
 
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.module, nn.Embedding)
+
     def is_beside(self, above: _Piece, model: nn.Module) -> bool:
-        """Whether two pieces are parallel: embeddings that are added, or linear layers that cannot follow each
-        other."""
+        """Whether two pieces are linear layers that cannot follow each other."""
         one, other = self.module, above.module
-        if isinstance(one, nn.Embedding) and isinstance(other, nn.Embedding):
-            return self.parent is above.parent
         if not (isinstance(one, nn.Linear) and isinstance(other, nn.Linear)) or isinstance(self.parent, nn.Sequential):
             return False
         if one.in_features != other.in_features or one.out_features == other.in_features:
@@ -209,6 +214,8 @@ def _pieces(model: nn.Module, heads: tuple[str, ...]) -> Iterator[_Piece]:
     def split(name: str, module: nn.Module) -> Iterator[_Piece]:
         children = [(_join(name, n), child) for n, child in module.named_children() if _has_parameters(child)]
         children = [(n, child) for n, child in children if n not in heads]
+        base = _join(name, getattr(module, "base_model_prefix", ""))  # of Hugging Face's models
+        children.sort(key=lambda named: named[0] != base)
         towers = {
             type(child).__name__ for _, child in children if not isinstance(child, CONTAINERS) and holds_stack(child)
         }
@@ -235,6 +242,13 @@ def _pieces(model: nn.Module, heads: tuple[str, ...]) -> Iterator[_Piece]:
         yield _Piece("", list(model.parameters()), model, model)
     else:
         yield from split("", model)
+
+
+def _check_order(model: nn.Module, pieces: list[_Piece]) -> None:
+    """A head that was defined before what it stands on would have its rate, and that the head's."""
+    for lower, upper in zip(pieces, pieces[1:]):
+        if HEAD.search(lower.name) and not MAY_FOLLOW_HEAD.search(upper.name):
+            raise _cannot_tell(model, f"{lower.name!r} was defined before {upper.name!r}, and may stand above it")
 
 
 def _is_stack(module: nn.Module) -> bool:
