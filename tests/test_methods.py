@@ -146,6 +146,11 @@ def test_the_task_may_be_another():
     loss = regression.losses(SOURCE, values)["task"]
     assert_close(loss, F.mse_loss(predicted[known], values[known]))
     assert all(g.isfinite().all() for g in gradients(regression, {"task": loss}).values())
+    shares = torch.rand(12, 3).softmax(1)  # of the classes, as of mixed samples; of one sample unknown
+    shares[5] = torch.nan
+    mixed = SourceOnly(extractor, predictor)
+    known = shares[:, 0].isfinite()
+    assert_close(mixed.losses(SOURCE, shares)["task"], F.cross_entropy(mixed(SOURCE)[known], shares[known]))
 
 
 # Schedules
@@ -293,6 +298,30 @@ def test_a_copy_watches_itself():
     assert not torch.equal(method.losses(SOURCE, LABELS, TARGET)["coral"], twin.losses(SOURCE, LABELS, TARGET)["coral"])
 
 
+def test_a_copy_under_gradient_checkpointing():
+    """Which runs layers again in backward, after the loss has looked at them."""
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(6, 6)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+
+    extractor, predictor = networks()
+    method = DeepCORAL(nn.Sequential(extractor, Outer()), predictor, layers="feature_extractor.1.block")
+    for _ in range(2):
+        losses = method.losses(SOURCE, LABELS, TARGET)
+        sum(losses.values()).backward()
+    twin = copy.deepcopy(method)
+    assert_close(twin.losses(SOURCE, LABELS, TARGET), losses)
+
+
 # torch.compile, autocast, gradient scaling
 
 
@@ -363,11 +392,35 @@ def test_autocast_and_gradient_scaling(dtype):
 # Errors
 
 
+class Vector(Term):
+    def forward(self, passed):
+        return passed.source_features.sum(1)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda e, p: Method(e, lambda x: x), TypeError, "^label_predictor: expected a torch.nn.Module"),
         (lambda e, p: Method(e, p, passes="both"), ValueError, "^passes: expected one of 'joint', 'separate'"),
+        (lambda e, p: Method(e, p, task_loss="mse"), TypeError, "^task_loss: expected a function, got 'mse'"),
+        (lambda e, p: Method(e, p, nn.Linear(2, 2)), TypeError, "^terms: expected terms, got Linear"),
+        (lambda e, p: CORALTerm(name="layer.1"), ValueError, "^name: expected one that Python takes for a variable"),
+        (lambda e, p: DANN(e, p, "small"), TypeError, "^domain_classifier: expected a torch.nn.Module, got 'small'"),
+        (
+            lambda e, p: DANN(e, p, nn.Linear(6, 2)).losses(SOURCE, LABELS, TARGET),
+            ValueError,
+            r"^domain_classifier: expected one logit a sample, 19 in all, got .*\(19, 2\)",
+        ),
+        (
+            lambda e, p: Method(e, p, Vector("vector")).losses(SOURCE, LABELS, TARGET),
+            ValueError,
+            r"^vector: expected a scalar tensor from the term, got .*\(12,\).*average it",
+        ),
+        (
+            lambda e, p: Method(e, p, Term("bare")).losses(SOURCE, LABELS, TARGET),
+            TypeError,
+            "^Term: expected a term with",
+        ),
         (
             lambda e, p: Method(e, p, [CORALTerm(), CORALTerm()]),
             ValueError,

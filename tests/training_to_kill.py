@@ -2,9 +2,8 @@
 SEED`.
 
 Everything that a resumed run has to find again takes part: loaders of different lengths that shuffle, one of them by a
-    generator
-of its own, augmentation by Python's, NumPy's and PyTorch's generators, dropout, batch norm, momenta, schedules of rate,
-λ and weights, layers that thaw, validation and selection, and the metrics file.
+generator of its own, augmentation by Python's, NumPy's and PyTorch's generators, dropout, batch norm, momenta,
+schedules of rate, λ and weights, layers that thaw, validation and selection, and the metrics file.
 """
 
 from __future__ import annotations

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from rich.console import Console
 from tqdm import tqdm
 
+from ..files import check_writable, write_atomically
 from .figure import draw
 from .report import number_of_steps, print_table, run_all
 from .train import STEPS
@@ -63,11 +62,8 @@ def check(args: argparse.Namespace) -> None:
     for name, value in (("--seeds", args.seeds), ("--steps", args.steps)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    for name, path in (("--figure", args.figure), ("--json", args.json)):
-        if path is None:
-            continue
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{name}: expected a file in a folder that exists and is writable, got {str(path)!r}")
+    check_writable("--figure", args.figure)
+    check_writable("--json", args.json)
 
 
 @contextmanager
@@ -79,14 +75,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, then rename: whoever looks sees the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -81,9 +81,9 @@ def matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
             or sorted(names, key=lambda n: (n.count("."), n))[:5]
         )
         raise ValueError(
-            f"layers: expected a name or pattern of modules or parameters of {type(model).__name__}, got "
-            f"{pattern!r}, which "
-            f"matches none that has parameters; near it are {', '.join(map(repr, close))} (see model.named_modules())"
+            f"layers: expected a name or pattern of modules or parameters of {type(model).__name__}, got {pattern!r}, "
+            f"which matches none that has parameters; near it are {', '.join(map(repr, close))} "
+            "(see model.named_modules())"
         )
     return parameters
 
@@ -108,8 +108,7 @@ def _named_layers(model: nn.Module, layers: Sequence[str | Sequence[str]]) -> li
             if name in owner:
                 raise ValueError(
                     f"layers: expected each parameter in one layer, got {name!r} in {owner[name]!r} and "
-                    f"{layer.name!r}; "
-                    f"narrow one of them"
+                    f"{layer.name!r}; narrow one of them"
                 )
             owner[name] = layer.name
         found.append(layer)
@@ -117,8 +116,8 @@ def _named_layers(model: nn.Module, layers: Sequence[str | Sequence[str]]) -> li
     if left_out:
         raise ValueError(
             f"layers: expected every parameter in a layer, got none for {', '.join(left_out[:5])}"
-            f"{f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''}; add their modules to the layers they "
-            "belong to"
+            f"{f' and {len(left_out) - 5} more' if len(left_out) > 5 else ''}; add their modules to the layers that "
+            "they belong to"
         )
     return found
 
@@ -136,7 +135,9 @@ def _structural_layers(model: nn.Module, heads: tuple[str, ...]) -> list[Layer]:
         seen.update(map(id, piece.parameters))
         if not new:
             continue
-        if last is not None and (piece.is_vectors or last.is_vectors or piece.is_embedding or last.is_beside(piece, model)):
+        if last is not None and (
+            piece.is_vectors or last.is_vectors or piece.is_embedding or last.is_beside(piece, model)
+        ):
             found[-1].parameters |= new
             if last.is_vectors and not piece.is_vectors:  # a norm of the input is in the first layer
                 found[-1].name, last = piece.name, piece

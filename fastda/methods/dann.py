@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..ops import domain_adversarial_loss, gradient_reversal
+from ..reference import checks
 from ..schedules import dann_lambda
-from .method import Method, Passed, Term, mean
+from .method import Method, Passed, Term, mean, require_module
 from .scheduled import Scheduled
 
 HIDDEN = 256  # units of the domain classifier that is made where none is given
@@ -35,6 +36,8 @@ class DomainAdversarialTerm(Term):
         name: str = "domain",
     ) -> None:
         super().__init__(name, weight)
+        if domain_classifier is not None:
+            require_module("domain_classifier", domain_classifier)
         self.domain_classifier = domain_classifier
         self.lambd = Scheduled(f"{name}_lambda", lambd)
 
@@ -44,6 +47,11 @@ class DomainAdversarialTerm(Term):
 
     def forward(self, passed: Passed) -> Tensor:
         logits = self.domain_classifier(gradient_reversal(passed.features, self.lambd()))
+        if logits.shape[:1].numel() != len(passed.features) or logits.numel() != len(passed.features):
+            raise ValueError(
+                f"domain_classifier: expected one logit a sample, {len(passed.features)} in all, got "
+                f"{checks.describe(logits)}; end it in a layer of one unit, without a sigmoid or softmax"
+            )
         source, target = logits.split([len(passed.source_features), len(passed.target_features)])
         if passed.process_group is None:
             return domain_adversarial_loss(source, target)
@@ -94,9 +102,8 @@ def _default_classifier(label_predictor: nn.Module) -> nn.Module:
     if linear is None:
         raise ValueError(
             "domain_classifier: expected a module, got None, and the label predictor has no linear layer that would "
-            "tell the "
-            "number of features; pass one, such as nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, "
-            "1))"
+            "tell the number of features; pass one, such as "
+            "nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 1))"
         )
     return nn.Sequential(
         nn.Linear(linear.in_features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)

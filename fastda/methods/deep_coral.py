@@ -32,6 +32,7 @@ class CORALTerm(Term):
     ) -> None:
         super().__init__(name, weight)
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        self.least_samples = options.get("correction", 1) + 1
         self.options = options
 
     def attach(self, method: Method) -> None:

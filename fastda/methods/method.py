@@ -51,14 +51,18 @@ class Term(nn.Module):
         name: its name in the method's losses and in the logs.
         weight: a number, or a function from the progress of training, 0 to 1, to one.
 
-    A subclass with `needs_target_logits = True` finds them in `passed`. `attach(method)` is called once, when the
-    method has its networks. Parameters of its own (a domain classifier) are trained with the network's.
+    A subclass with `needs_target_logits = True` finds them in `passed`; one with `least_samples` is given at least so
+    many of each domain. `attach(method)` is called once, when the method has its networks. Parameters of its own (a
+    domain classifier) are trained with the network's.
     """
 
     needs_target_logits = False
+    least_samples = 1
 
     def __init__(self, name: str, weight: float | Callable[[float], float] = 1.0) -> None:
         super().__init__()
+        if not name.isidentifier():
+            raise ValueError(f"name: expected one that Python takes for a variable, got {name!r}; choose another")
         self.name = name
         self.weight = Scheduled(f"{name}_weight", weight)
 
@@ -85,7 +89,7 @@ class Method(nn.Module):
         feature_extractor: from inputs to features; any module. Inputs may be a tensor, a tuple (positional arguments)
             or a dictionary (keyword arguments, as of Hugging Face's models).
         label_predictor: from features to logits (N, C).
-        terms: the losses beside the task loss.
+        terms: the losses beside the task loss; one, or several.
         task_loss: from logits and labels to one loss a sample; cross-entropy by default. Label smoothing:
             `partial(F.cross_entropy, reduction="none", label_smoothing=0.1)`.
         target_label_weight: w_target. At 0 the labels in target batches are never looked at: unsupervised adaptation.
@@ -113,20 +117,23 @@ class Method(nn.Module):
         self,
         feature_extractor: nn.Module,
         label_predictor: nn.Module,
-        terms: Sequence[Term] = (),
+        terms: Term | Sequence[Term] = (),
         *,
         task_loss: Callable[[Tensor, Tensor], Tensor] = partial(F.cross_entropy, reduction="none"),
         target_label_weight: float | Callable[[float], float] = 0.0,
         passes: str = "joint",
     ) -> None:
         super().__init__()
-        for name, network in (("feature_extractor", feature_extractor), ("label_predictor", label_predictor)):
-            if not isinstance(network, nn.Module):
-                raise TypeError(f"{name}: expected a torch.nn.Module, got {checks.describe(network)}; wrap it in one")
+        require_module("feature_extractor", feature_extractor)
+        require_module("label_predictor", label_predictor)
         checks.option("passes", passes, PASSES)
+        if not callable(task_loss):
+            raise TypeError(f"task_loss: expected a function, got {checks.describe(task_loss)}; pass one")
         self.feature_extractor, self.label_predictor = feature_extractor, label_predictor
         self.terms = nn.ModuleDict()
-        for term in terms:
+        for term in [terms] if isinstance(terms, nn.Module) else terms:
+            if not isinstance(term, Term):
+                raise TypeError(f"terms: expected terms, got {type(term).__name__}; make it a subclass of Term")
             if term.name in {*self.terms, "task", "target_task"}:
                 raise ValueError(
                     f"terms: expected each name once, got {term.name!r} again; give one of them another name"
@@ -142,6 +149,11 @@ class Method(nn.Module):
     def needs_target(self) -> bool:
         """Whether the objective has anything to do with the target."""
         return len(self.terms) > 0 or self.uses_target_labels
+
+    @property
+    def least_samples(self) -> int:
+        """The smallest batch of a domain that all terms can do with."""
+        return max((term.least_samples for term in self.terms.values()), default=1)
 
     @property
     def parallel_heads(self) -> tuple[str, ...]:
@@ -176,7 +188,7 @@ class Method(nn.Module):
 
         Args:
             source: source inputs.
-            source_labels: (Ns,) class indices, or what `task_loss` takes; negative ones are unknown.
+            source_labels: (Ns,) class indices, or what `task_loss` takes; negative integers and NaN are unknown.
             target: target inputs; not needed by a method without terms.
             target_labels: (Nt,), negative where unknown; used only if `target_label_weight` is not 0.
 
@@ -184,7 +196,7 @@ class Method(nn.Module):
             "task", "target_task" if target labels are used, and one entry a term.
         """
         if not self.needs_target:
-            return {"task": self._task(self(source), source_labels)}
+            return {"task": self._task("source_labels", self(source), source_labels)}
         if target is None:
             raise ValueError(f"target: expected a batch, since {type(self).__name__} adapts to it, got None; pass one")
         if self.uses_target_labels and target_labels is None:
@@ -195,11 +207,17 @@ class Method(nn.Module):
         for term in self.terms.values():
             term.begin()
         passed = self._pass(source, target)
-        losses = {"task": self._task(passed.source_logits, source_labels)}
+        losses = {"task": self._task("source_labels", passed.source_logits, source_labels)}
         if self.uses_target_labels:
-            losses["target_task"] = self.target_label_weight() * self._task(passed.target_logits, target_labels)
+            target_task = self._task("target_labels", passed.target_logits, target_labels)
+            losses["target_task"] = self.target_label_weight() * target_task
         for name, term in self.terms.items():
-            losses[name] = term.weight() * term(passed)
+            loss = term(passed)
+            if not isinstance(loss, Tensor) or loss.dim() > 0:
+                raise ValueError(
+                    f"{name}: expected a scalar tensor from the term, got {checks.describe(loss)}; average it"
+                )
+            losses[name] = term.weight() * loss
         return losses
 
     def _pass(self, source, target) -> Passed:
@@ -219,10 +237,23 @@ class Method(nn.Module):
         target_logits = as_tensor("label_predictor", self.label_predictor(targets)) if wants_logits else None
         return Passed(sources, targets, logits, target_logits, None, self.process_group)
 
-    def _task(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _task(self, name: str, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean of the task loss over the samples whose label is known, of all processes; 0 if there are none."""
+        if len(labels) != len(logits) or (not labels.is_floating_point() and labels.shape == (len(logits), 1)):
+            raise ValueError(
+                f"{name}: expected ({len(logits)},), one label a sample, got {checks.describe(labels)}; reshape them"
+            )
         known = labels.isfinite() if labels.is_floating_point() else labels >= 0
-        losses = self.task_loss(logits, torch.where(known, labels, 0))
+        labels = labels if labels.is_floating_point() else labels.long()
+        try:
+            losses = self.task_loss(logits, torch.where(known, labels, 0))
+        except IndexError as error:
+            raise IndexError(
+                f"{name}: expected classes below {logits.shape[1]}, the number of logits, got {labels.max().item()}; "
+                "give the label predictor as many outputs, or unknown samples a negative label"
+            ) from error
+        if 0 < losses.dim() < known.dim():  # one loss for several entries, such as the probabilities of classes
+            known = known.flatten(losses.dim()).all(-1)
         if losses.shape != known.shape:
             raise ValueError(
                 f"task_loss: expected one loss a label, of shape {tuple(known.shape)}, got {checks.describe(losses)}; "
@@ -248,6 +279,11 @@ class SourceOnly(Method):
 
     def __init__(self, feature_extractor: nn.Module, label_predictor: nn.Module, **options) -> None:
         super().__init__(feature_extractor, label_predictor, (), **options)
+
+
+def require_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {checks.describe(value)}; wrap it in one")
 
 
 def mean(losses: Tensor, count: Tensor | int, process_group) -> Tensor:

@@ -30,7 +30,6 @@ def concatenate(source, target):
     if source.shape[1:] != target.shape[1:]:
         raise ValueError(
             f"target: expected samples of the source's shape, {tuple(source.shape[1:])}, got "
-            f"{tuple(target.shape[1:])}; "
-            f'resize them, or choose passes="separate"'
+            f'{tuple(target.shape[1:])}; resize them, or choose passes="separate"'
         )
     return torch.cat([source, target])

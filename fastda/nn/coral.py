@@ -103,11 +103,9 @@ class DeepCORALLoss(nn.Module):
                 count = len(watched.outputs)
                 self.forget()
                 raise ValueError(
-                    f"layers: expected {name!r} to have run {'once' if passes == 1 else 'twice'} since the last "
-                    "loss, got "
-                    f"{count} times; run the model on source and target together and pass num_source, or on one "
-                    "after the "
-                    f"other and pass nothing; evaluate under torch.no_grad()"
+                    f"layers: expected {name!r} to have run {'once' if passes == 1 else 'twice'} since the last loss, "
+                    f"got {count} times; run the model on source and target together and pass num_source, or on one "
+                    "after the other and pass nothing; evaluate under torch.no_grad()"
                 )
         outputs = [[self._features(name, x) for x in w.outputs] for name, w in zip(self.layers, self._watched)]
         self.forget()
@@ -158,10 +156,13 @@ def pool_positions(x: Tensor, pool: str) -> Tensor:
 
 
 class _Watched:
-    """A forward hook that keeps outputs. An object, so that a deep copy of the model has hooks of its own."""
+    """A forward hook that keeps outputs; an object, so that a copy of the model has hooks of its own."""
 
     def __init__(self) -> None:
         self.outputs: list[object] = []
+
+    def __reduce__(self):
+        return _Watched, ()
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if torch.is_grad_enabled():
@@ -175,7 +176,7 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         close += [n for n in names if n.endswith(f".{name}") and n not in close]
         near = f"; near it are {', '.join(map(repr, close))}" if close else ""
         raise ValueError(
-            f"layers: expected names of modules of {type(model).__name__}, got {name!r}{near} (see "
-            "model.named_modules())"
+            f"layers: expected names of modules of {type(model).__name__}, got {name!r}{near} "
+            "(see model.named_modules())"
         )
     return names[name]

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from ..files import write_atomically
 
 FORMAT = 1
 
 
 def save(path: Path, state: dict) -> None:
-    """Write beside `path`, flush to the disk, then rename: whoever looks finds the old checkpoint or the whole new
-    one."""
+    """Whoever looks finds the old checkpoint or the whole new one, after a power failure too."""
+
+    def write(file: BinaryIO) -> None:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
     _check_plain("checkpoint", state)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, write)
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of processes that were killed while writing
         leftover.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU; only tensors and plain values are read."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with open(path, "rb") as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(
+            f"checkpoint: expected a file that all processes see, got {str(path)!r}, which the first one alone has; "
+            "put it on a disk that they share"
+        ) from None
+    except Exception as error:  # whatever a file that is no checkpoint makes of the reader
+        raise ValueError(
+            f"checkpoint: expected one of fastda's, got {str(path)!r}, which cannot be read ({type(error).__name__}: "
+            f"{error}); remove it, or pass resume=False"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
-            f"checkpoint: expected one of fastda's of format {FORMAT}, got another file, {str(path)!r}; remove it"
+            f"checkpoint: expected one of fastda's of format {FORMAT}, got another file, {str(path)!r}; remove it, or "
+            "pass resume=False"
         )
     return state
 
@@ -48,7 +61,6 @@ def _check_plain(where: str, value) -> None:
             _check_plain(f"{where}[{index}]", part)
     elif not isinstance(value, (Tensor, int, float, str, type(None))):
         raise TypeError(
-            f"checkpoint: expected tensors and plain values, got a {type(value).__name__} at {where}; it could not "
-            "be read back "
-            f"without unpickling (of a LambdaLR, pass lr_schedule to fit instead)"
+            f"checkpoint: expected tensors and plain values, got a {type(value).__name__} at {where}; it could not be "
+            "read back without unpickling (instead of a LambdaLR, pass lr_schedule)"
         )

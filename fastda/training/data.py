@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..reference import checks
 
+BOOLEANS = (bool, torch.bool, np.dtype(bool))
 LABEL_KEYS = ("labels", "label")
 UNKNOWN = -100  # as in torch.nn.functional.cross_entropy
 
@@ -19,10 +21,11 @@ class PartlyLabelled(Dataset):
 
     Args:
         dataset: any map-style data set of pairs.
-        known: indices of the samples whose label may be seen.
+        known: indices of the samples whose label may be seen, or one boolean a sample.
 
     Raises:
         IndexError: an index outside the data set.
+        ValueError: booleans that are not one a sample.
 
     Example:
         >>> import torch
@@ -34,6 +37,14 @@ class PartlyLabelled(Dataset):
     """
 
     def __init__(self, dataset: Dataset, known: Iterable[int]) -> None:
+        known = list(known)
+        if known and all(getattr(value, "dtype", type(value)) in BOOLEANS for value in known):
+            if len(known) != len(dataset):
+                raise ValueError(
+                    f"known: expected indices, or one boolean for each of the {len(dataset)} samples, got {len(known)} "
+                    "booleans; pass as many"
+                )
+            known = [index for index, value in enumerate(known) if value]
         self.dataset, self.known = dataset, frozenset(int(index) for index in known)
         outside = [index for index in sorted(self.known) if not 0 <= index < len(dataset)]
         if outside:
@@ -58,8 +69,7 @@ def unpack(name: str, batch) -> tuple[object, Tensor | None]:
         if len(batch) not in (1, 2):
             raise ValueError(
                 f"{name}: expected batches of (inputs, labels), got {len(batch)} entries; let the data set or "
-                "collate_fn give "
-                f"these two, inputs being a tuple or a dictionary if the model takes several"
+                "collate_fn give these two, inputs being a tuple or a dictionary if the model takes several"
             )
         return batch[0], batch[1] if len(batch) == 2 else None
     if not isinstance(batch, Tensor):

@@ -47,11 +47,24 @@ class Processes:
         return values
 
 
+def as_device(device: torch.device | str) -> torch.device:
+    """One that torch knows, and this machine has."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected 'cpu', 'cuda', 'cuda:1' or alike, got {device!r}; choose one") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: expected one that is here, got {device!r}, and torch finds no GPU; pass 'cpu' or None"
+        )
+    return found
+
+
 def join(device: torch.device | str | None, module: torch.nn.Module) -> tuple[Processes, torch.device]:
     """Join the processes that torchrun started, if it did, and choose the device of this one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else next((p.device for p in module.parameters()), "cpu")
-    device = torch.device(device)
+    device = as_device(device)
     started = dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) > 1)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if started else torch.cuda.current_device())

@@ -15,8 +15,9 @@ from ..methods.networks import call
 from ..nn.outputs import as_tensor
 from ..reference import checks
 from . import random_states
-from .data import to_device, unpack
-from .loaders import generators_of
+from .data import UNKNOWN, to_device, unpack
+from .distributed import as_device
+from .loaders import check_loader, generators_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,8 +44,8 @@ class Evaluation:
     loss: float
     num_samples: int
     num_labelled: int
-    logits: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
+    logits: Tensor = field(repr=False, compare=False)
+    labels: Tensor = field(repr=False, compare=False)
 
 
 def predict(
@@ -64,8 +65,11 @@ def predict(
     Raises:
         ValueError: a loader without batches, an unknown `precision`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}; wrap it in one")
     checks.option("precision", precision, tuple(PRECISIONS))
-    device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
+    check_loader("loader", loader)
+    device = as_device(device or next((p.device for p in model.parameters()), "cpu"))
     modes, logits, labels = {module: module.training for module in model.modules()}, [], []
     model.eval()
     try:
@@ -73,14 +77,15 @@ def predict(
             for batch in loader:
                 inputs, known = unpack("loader", batch)
                 inputs = to_device(inputs, device)
-                output = model(inputs) if isinstance(model, Method) else call(model, inputs)
+                method = isinstance(getattr(model, "_orig_mod", model), Method)  # compiled, or as it is
+                output = model(inputs) if method else call(model, inputs)
                 logits.append(as_tensor("model", output).float().cpu())
-                labels.append(torch.full(logits[-1].shape[:1], -100) if known is None else known.cpu())
+                labels.append(torch.full(logits[-1].shape[:1], UNKNOWN) if known is None else known.cpu())
     finally:
         for module, training in modes.items():
             module.training = training
     if not logits:
-        raise ValueError("loader: expected at least one batch, got none; give it data")
+        raise ValueError("loader: expected at least one batch, got none; give it data, or drop_last=False")
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -114,8 +119,14 @@ def summarise(logits: Tensor, labels: Tensor) -> Evaluation:
         raise ValueError(
             f"model: expected logits of shape (samples, classes), got {checks.describe(logits)}; flatten them"
         )
+    labels = checks.labels("labels", labels, tuple(logits.shape[:1]), "logits", logits)
     confidence, predicted = logits.double().softmax(1).max(1)
     known = labels >= 0
+    if known.any() and labels.max() >= logits.shape[1]:
+        raise IndexError(
+            f"labels: expected classes below {logits.shape[1]}, the number of logits, got {labels.max().item()}; give "
+            "the model as many outputs, or unknown samples a negative label"
+        )
     right = (predicted == labels)[known].double()
     classes = range(logits.shape[1])
     return Evaluation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,17 @@ from ..finetuning import GradualUnfreezing
 from ..methods import Method
 from ..reference import checks
 from .evaluation import PRECISIONS
-from .loaders import check_resumable
+from .loaders import check_loader, check_resumable
 from .loop import Fit, Training
 from .validators import VALIDATORS
+
+EXCLUSIVE = (
+    ("lr", "pretraining_lr"),
+    ("lr_schedule", "scheduler"),
+    *((name, "optimizer") for name in ("lr", "pretraining_lr", "weight_decay")),
+    *((name, "unfreezing") for name in ("lr", "pretraining_lr")),
+)
+"""Arguments of which the one would leave the other without effect."""
 
 
 def fit(
@@ -24,8 +33,8 @@ def fit(
     *,
     epochs: int,
     lr: float | None = None,
-    pretraining_lr: float = 0.1,
-    weight_decay: float = 1e-3,
+    pretraining_lr: float | None = None,
+    weight_decay: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr_schedule: Callable[[float], float] | None = None,
     scheduler=None,
@@ -38,7 +47,7 @@ def fit(
     compile: bool | Mapping[str, object] = False,
     source_validation=None,
     target_validation=None,
-    validators: Sequence[str] = (),
+    validators: str | Sequence[str] = (),
     select: str | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike | None = None,
@@ -51,6 +60,7 @@ def fit(
     progress: bool | None = None,
     device: torch.device | str | None = None,
     divide_loaders: bool = True,
+    distributed: Mapping[str, object] | None = None,
 ) -> Fit:
     """Train a method on a source and, where it adapts, a target.
 
@@ -68,11 +78,10 @@ def fit(
             unless the method has a `target_label_weight`.
         epochs: how many; the learning is scheduled over all their steps.
         lr: learning rate; by default a tenth of `pretraining_lr`, the usual advice for fine-tuning.
-        pretraining_lr: the rate at which the network was pretrained.
-        weight_decay: of the default optimiser; biases and norms have none.
-        optimizer: by default SGD with momentum 0.9, as in the papers. Another over the method's parameters instead
-            (then `lr`,
-            `pretraining_lr` and `weight_decay` do not apply): `torch.optim.SGD(layerwise_lr_decay(method, 0.01, 0.5),
+        pretraining_lr: the rate at which the network was pretrained; 0.1 by default, the usual one of SGD.
+        weight_decay: of the default optimiser, 1e-3 by default; biases and norms have none.
+        optimizer: by default SGD with momentum 0.9, as in the papers. Another over the method's parameters instead,
+            with rates and weight decay of its own: `torch.optim.SGD(layerwise_lr_decay(method, 0.01, 0.5),
             momentum=0.9)`, or AdamW for transformers. Adversarial methods are less stable with AdamW.
         lr_schedule: from the progress of training, 0 to 1, to a factor of all rates.
         scheduler: a torch scheduler of `optimizer` instead; ReduceLROnPlateau sees the selected score (`mode="max"`),
@@ -90,27 +99,30 @@ def fit(
             kernels are fused already.
         source_validation, target_validation: labelled loaders to evaluate on after each epoch (the target's labels may
             be negative or missing).
-        validators: scores of the target validation set to compute, of :data:`fastda.training.VALIDATORS`.
+        validators: scores of the target validation set to compute, of :data:`fastda.training.VALIDATORS`; one, or
+            several.
         select: the validator to select by: the weights of its best epoch are kept. Without one, the last.
         patience: epochs without a better score of `select` after which training stops.
         checkpoint: a file, written atomically, from which the same call goes on where it was killed, to the bit on the
             CPU.
         checkpoint_every: steps between two; always after an epoch too.
         resume: go on from `checkpoint` if it is there; False begins anew.
-        log: a .csv or .jsonl file to write the rows of the history to.
+        log: a .csv or .jsonl file to write the rows of the history to; begun anew but where training is resumed.
         log_every: steps between two rows; by default an epoch.
         tensorboard: a folder for TensorBoard, which has to be installed.
         on_row: called with each row.
         progress: a progress bar (tqdm): True, False, or None for one where tqdm is installed and the terminal shows it.
         device: by default the GPU if there is one, else where the method is.
         divide_loaders: False if the loaders are divided among processes already; a DistributedSampler is noticed.
+        distributed: options of DistributedDataParallel, such as `{"find_unused_parameters": True}` for a network with
+            parameters that no loss depends on.
 
     Returns:
         A :class:`Fit`.
 
     Raises:
-        ValueError: arguments that do not fit together; each says what to do.
-        FloatingPointError: a loss that is not finite; the last checkpoint is from before it.
+        TypeError, ValueError: arguments of another kind, or that do not fit together; each says what to do.
+        FloatingPointError: a loss or a weight that is not finite; the last checkpoint is from before it.
 
     Example:
         >>> import torch
@@ -130,16 +142,45 @@ def fit(
         True
     """
     options = dict(locals())
-    if not isinstance(method, Method):
-        raise TypeError(
-            f"method: expected one of fastda.methods, got {checks.describe(method)}; wrap the networks in one"
-        )
     check(options)
     return Training(**options).run()
 
 
 def check(options: dict) -> None:
     """What can be said of the arguments before anything is made."""
+    if isinstance(options["validators"], str):
+        options["validators"] = (options["validators"],)
+    _check_each(options)
+    _check_loaders(options)
+    _check_optimizer(options["optimizer"], options["scheduler"])
+    for one, other in EXCLUSIVE:
+        if options[one] is not None and options[other] is not None:
+            raise ValueError(f"{one}: expected one of {one} and {other}, got both; leave one of them out")
+    if options["patience"] is not None and options["select"] is None:
+        raise ValueError(
+            f"select: expected a validator that patience goes by, got None; choose one of {', '.join(VALIDATORS)}"
+        )
+    if options["checkpoint_every"] is not None and options["checkpoint"] is None:
+        raise ValueError("checkpoint: expected a file, since checkpoint_every is given, got None; pass one")
+    if options["checkpoint"] is not None:
+        path = Path(options["checkpoint"]).absolute()
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(
+                f"checkpoint: expected a file in a folder that exists, got {str(path)!r}; "
+                f"{'name a file in it' if path.is_dir() else 'make the folder'}"
+            )
+        for name in ("source", "target"):
+            check_resumable(name, options[name])
+
+
+def _check_each(options: dict) -> None:
+    """Each argument by itself."""
+    if not isinstance(options["method"], Method):
+        compiled = isinstance(getattr(options["method"], "_orig_mod", None), Method)
+        raise TypeError(
+            f"method: expected one of fastda.methods, got {type(options['method']).__name__}; "
+            f"{'pass the method itself, and compile=True' if compiled else 'wrap the networks in one'}"
+        )
     for name in ("epochs", "accumulate"):
         checks.whole_number(name, options[name], 1)
     for name in ("steps_per_epoch", "patience", "checkpoint_every", "log_every"):
@@ -148,41 +189,65 @@ def check(options: dict) -> None:
     for name in ("lr", "pretraining_lr", "clip_norm"):
         if options[name] is not None:
             checks.number(name, options[name], above=0)
-    checks.number("weight_decay", options["weight_decay"], least=0)
+    if options["weight_decay"] is not None:
+        checks.number("weight_decay", options["weight_decay"], least=0)
+    for name in ("lr_schedule", "on_row"):
+        if options[name] is not None and not callable(options[name]):
+            raise TypeError(f"{name}: expected a function, got {checks.describe(options[name])}; pass one, or None")
+    for name in ("compile", "distributed"):
+        if not isinstance(options[name], (bool, Mapping, type(None))):
+            raise TypeError(
+                f"{name}: expected a dictionary of options, got {checks.describe(options[name])}; pass one, such as "
+                f"{dict(mode='max-autotune') if name == 'compile' else dict(find_unused_parameters=True)}"
+            )
     checks.option("precision", options["precision"], tuple(PRECISIONS))
     checks.option("scheduler_every", options["scheduler_every"], ("epoch", "step"))
-    for name in (*options["validators"], *([options["select"]] if options["select"] else [])):
+    for name in options["validators"]:
         checks.option("validators", name, VALIDATORS)
-        domain = "source" if name == "source_accuracy" else "target"
-        if options[f"{domain}_validation"] is None:
-            raise ValueError(
-                f"{domain}_validation: expected a loader, which {name!r} is computed from, got None; pass one"
-            )
+    if options["select"] is not None:
+        checks.option("select", options["select"], VALIDATORS)
+
+
+def _check_loaders(options: dict) -> None:
+    """What the method and the validators need is there, and of the right kind."""
     method, target = options["method"], options["target"]
     if method.needs_target and target is None:
         raise ValueError(f"target: expected a loader, since {type(method).__name__} adapts to it, got None; pass one")
     if not method.needs_target and target is not None:
         raise ValueError(
             f"target: expected None, since {type(method).__name__} has nothing to do with a target, got a loader; "
-            "leave it out, "
-            f"or choose a method that adapts"
+            "leave it out, or choose a method that adapts"
         )
-    for one, other in (("lr_schedule", "scheduler"), ("lr", "optimizer"), ("lr", "unfreezing")):
-        if options[one] is not None and options[other] is not None:
-            raise ValueError(f"{one}: expected one of {one} and {other}, got both; leave one of them out")
-    if options["scheduler"] is not None and options["optimizer"] is None:
-        raise ValueError("scheduler: expected the optimizer that it belongs to beside it, got none; pass optimizer too")
-    if options["patience"] is not None and options["select"] is None:
-        raise ValueError(
-            f"select: expected a validator that patience goes by, one of {', '.join(VALIDATORS)}, got None"
-        )
-    if options["checkpoint_every"] is not None and options["checkpoint"] is None:
-        raise ValueError("checkpoint: expected a file, since checkpoint_every is given, got None; pass one")
-    if options["checkpoint"] is not None:
-        folder = Path(options["checkpoint"]).absolute().parent
-        if not folder.is_dir():
+    for name in ("source", "target", "source_validation", "target_validation"):
+        if options[name] is not None or name == "source":
+            check_loader(name, options[name])
+    for name in (*options["validators"], *([options["select"]] if options["select"] else [])):
+        domain = "source" if name == "source_accuracy" else "target"
+        if options[f"{domain}_validation"] is None:
             raise ValueError(
-                f"checkpoint: expected a file in a folder that exists, got {str(folder)!r}; make the folder"
+                f"{domain}_validation: expected a loader, which {name!r} is computed from, got None; pass one"
             )
-        for name in ("source", "target"):
-            check_resumable(name, options[name])
+
+
+def _check_optimizer(optimizer, scheduler) -> None:
+    """An optimiser that steps on gradients, and a scheduler of it."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {checks.describe(optimizer)}; "
+            "make one over method.parameters()"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure") if optimizer is not None else None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer: expected one that steps on the gradients at hand, got {type(optimizer).__name__}, which "
+            "evaluates the loss itself; choose another, such as torch.optim.SGD or AdamW"
+        )
+    if scheduler is None:
+        return
+    if optimizer is None:
+        raise ValueError("scheduler: expected the optimizer that it belongs to beside it, got none; pass optimizer too")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "scheduler: expected one of the optimizer given, got one of another optimiser, whose rates it would set; "
+            "make it from this one"
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sized
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from . import random_states
 
@@ -13,9 +14,8 @@ from . import random_states
 class Stream:
     """The batches of a loader, pass after pass. Its position can be saved, and found again to the bit.
 
-    A position is the number of batches taken in the present pass, and the states of all generators when it began: going
-        back
-    means beginning the pass again from those states, and reading as many batches.
+    A position is the number of batches taken in the present pass, and the states of all generators when it began. To go
+    back to it is to begin the pass again from those states, and to read as many batches.
     """
 
     def __init__(self, name: str, loader) -> None:
@@ -33,9 +33,7 @@ class Stream:
             batch = next(self.iterator)
         except StopIteration:
             if self.position == 0:
-                raise ValueError(
-                    f"{self.name}: expected a loader with at least one batch, got none; give it data"
-                ) from None
+                raise ValueError(_no_batch(self.name, self.passes)) from None
             self.passes, self.position = self.passes + 1, 0
             self._begin()
             return self.next()
@@ -70,22 +68,63 @@ class Stream:
 
 def length(name: str, loader) -> int:
     """Batches in a pass."""
-    try:
-        return len(loader)
-    except TypeError:
+    found = _length(loader)
+    if found is None:
         raise ValueError(
             f"steps_per_epoch: expected a number, since the {name} loader has no length, got None; pass one"
-        ) from None
+        )
+    return found
 
 
 def check_resumable(name: str, loader) -> None:
     """Workers that outlive a pass keep random states that cannot be seen from here."""
     if getattr(loader, "persistent_workers", False):
         raise ValueError(
-            f"{name}: expected a loader with persistent_workers=False, so that training can be resumed to the bit, "
-            "got True; "
-            f"turn it off, or pass checkpoint=None"
+            f"{name}: expected a loader with persistent_workers=False, so that training can be resumed to the bit, got "
+            "True; turn it off, or pass checkpoint=None"
         )
+
+
+def check_loader(name: str, loader) -> None:
+    """Something to read batches from, as far as can be seen without reading."""
+    single = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    if single or isinstance(loader, (Tensor, str, Mapping)) or not hasattr(loader, "__iter__"):
+        raise TypeError(
+            f"{name}: expected a loader of batches, got {type(loader).__name__}; wrap the data set in a "
+            "torch.utils.data.DataLoader"
+        )
+    if isinstance(loader, Sized) and _length(loader) == 0:
+        raise ValueError(_no_batch(name))
+
+
+def check_batches(name: str, loader, least: int) -> None:
+    """The last batch of a pass would otherwise fail only after an epoch."""
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches) is not BatchSampler or batches.drop_last or _length(batches.sampler) is None:
+        return
+    smallest = len(batches.sampler) % batches.batch_size or batches.batch_size
+    if smallest < least:
+        raise ValueError(
+            f"{name}: expected batches of at least {least} samples, which a covariance needs, got a last one of "
+            f"{smallest}; pass drop_last=True to the loader, or another batch_size"
+        )
+
+
+def _length(sized) -> int | None:
+    """None where it has none: a DataLoader has the method, but not always the number."""
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _no_batch(name: str, passes: int = 0) -> str:
+    if passes:
+        return (
+            f"{name}: expected a loader that can be read again, got no batch in pass {passes + 1}; pass a DataLoader "
+            "or a list, not an iterator or generator"
+        )
+    return f"{name}: expected a loader with at least one batch, got none; give it data, or drop_last=False"
 
 
 def _samplers(loader) -> list:
@@ -109,8 +148,7 @@ def share(name: str, loader, rank: int, world: int, seed: int):
         raise ValueError(
             f"{name}: expected a DataLoader over a map-style data set, to divide it among {world} processes, got "
             f"{type(loader).__name__} over {type(getattr(loader, 'dataset', loader)).__name__}; divide it by "
-            "torch.distributed."
-            f"get_rank() yourself and pass divide_loaders=False"
+            "torch.distributed.get_rank() yourself and pass divide_loaders=False"
         )
     batched = loader.batch_sampler is not None
     batches = _Share(name, loader.batch_sampler if batched else loader.sampler, rank, world, seed)
@@ -134,10 +172,12 @@ class _Share(Sampler):
     are left out."""
 
     def __init__(self, name: str, sampler, rank: int, world: int, seed: int) -> None:
-        if len(sampler) < world:
+        count = _length(sampler)
+        if count is None or count < world:
             raise ValueError(
-                f"{name}: expected at least one batch for each of the {world} processes, got {len(sampler)}; "
-                f"make the batches smaller"
+                f"{name}: expected at least one batch for each of the {world} processes, got "
+                f"{'a sampler without a length' if count is None else count}; make the batches smaller, or divide the "
+                "loader yourself and pass divide_loaders=False"
             )
         self.sampler, self.rank, self.world, self.seed, self.passes = sampler, rank, world, seed, 0
 

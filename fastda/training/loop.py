@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..finetuning import GradualUnfreezing
 from ..finetuning.learning_rates import decays
 from ..methods import Method
+from ..reference import checks
 from . import checkpoint as checkpoints
 from . import loaders, random_states
 from .data import to_device, unpack
@@ -22,10 +23,10 @@ from .evaluation import Evaluation, autocast, evaluate
 from .metrics import MetricsFile, tensorboard
 from .validators import OF_TARGET
 
-FINE_TUNING_SHARE = 0.1
-"""The rate of fine-tuning as a share of the rate of pretraining: steps as large as those would undo what was learnt
-then."""
-MOMENTUM = 0.9
+PRETRAINING_LR = 0.1
+SLOWER = 10
+"""How many times slower than pretraining fine-tuning is: steps as large as then would undo what was learnt."""
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-3
 
 _logger = logging.getLogger("fastda")
 
@@ -66,7 +67,6 @@ class Training:
         self.method, self.options = method, options
         self.processes, self.device = join(options["device"], method)
         method.to(self.device)
-        method.process_group = self.processes.group
         self.streams = self._streams(source, target)
         self.accumulate, self.epochs = options["accumulate"], options["epochs"]
         self.steps_per_epoch = options["steps_per_epoch"] or self._steps_per_epoch()
@@ -88,6 +88,7 @@ class Training:
         first = self.processes.is_first
         self.log = MetricsFile(options["log"], self._columns()) if options["log"] is not None and first else None
         self.compiled: list[nn.Module] = []
+        self.writer = None
 
     # What is made of the arguments
 
@@ -101,6 +102,9 @@ class Training:
             if self.options["divide_loaders"]:
                 rank, world = self.processes.rank, self.processes.world
                 given = {name: loaders.share(name, loader, rank, world, seed) for name, loader in given.items()}
+        else:
+            for name, loader in given.items():
+                loaders.check_batches(name, loader, self.method.least_samples)
         return {name: loaders.Stream(name, loader) for name, loader in given.items()}
 
     def _steps_per_epoch(self) -> int:
@@ -108,7 +112,8 @@ class Training:
         return max(1, math.ceil(longest / self.accumulate))
 
     def _default_optimizer(self) -> torch.optim.Optimizer:
-        lr = self.options["lr"] or FINE_TUNING_SHARE * self.options["pretraining_lr"]
+        lr = self.options["lr"] or (self.options["pretraining_lr"] or PRETRAINING_LR) / SLOWER
+        weight_decay = WEIGHT_DECAY if self.options["weight_decay"] is None else self.options["weight_decay"]
         if self.unfreezing is not None:
             groups = self.unfreezing.parameter_groups()
         else:
@@ -117,7 +122,7 @@ class Training:
                 {"params": [p for name, p in named if decays(name, p)]},
                 {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
             ]
-        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, weight_decay=self.options["weight_decay"])
+        return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay)
 
     def _columns(self) -> list[str]:
         target_task = ["target_task"] if self.method.uses_target_labels else []
@@ -134,9 +139,10 @@ class Training:
     # The run
 
     def run(self) -> Fit:
-        self._start()
-        bar = self._progress_bar()
+        bar = _NoBar()
         try:
+            self._start()
+            bar = self._progress_bar()
             while self.epoch < self.epochs and not self.stopped_early:
                 self._train_epoch(bar)
             if self.best_weights is not None:
@@ -147,10 +153,11 @@ class Training:
         return Fit(self.history, self.best, self.step, self.stopped_early)
 
     def _start(self) -> None:
+        self.method.process_group = self.processes.group
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._thaw()
-        if self.checkpoint is not None and self.options["resume"] and self.checkpoint.exists():
+        if self.checkpoint is not None and self.options["resume"] and self.processes.of_first(self.checkpoint.exists()):
             self._load()
         elif self.log is not None:
             self.log.begin()
@@ -171,7 +178,7 @@ class Training:
             network._compiled_call_impl = None
         for stream in self.streams.values():
             stream.close()
-        if getattr(self, "writer", None) is not None:
+        if self.writer is not None:
             self.writer.close()
 
     def _wrap(self) -> nn.Module:
@@ -181,7 +188,7 @@ class Training:
         from torch.nn.parallel import DistributedDataParallel
 
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(objective, device_ids=devices)
+        return DistributedDataParallel(objective, **{"device_ids": devices} | dict(self.options["distributed"] or {}))
 
     def _thaw(self) -> bool:
         """Whether layers joined for this epoch."""
@@ -216,6 +223,7 @@ class Training:
         self.method.set_progress(progress)
         if self.options["lr_schedule"] is not None:
             factor = self.options["lr_schedule"](progress)
+            checks.number(f"lr_schedule at progress {progress:.3g}", factor, least=0)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,8 +264,8 @@ class Training:
         if row is None or self.scheduler.mode != mode:
             raise ValueError(
                 f"scheduler: expected ReduceLROnPlateau with mode={mode!r}, since it follows {score!r}, and "
-                "scheduler_every="
-                f"'epoch'; got mode={self.scheduler.mode!r}, {self.options['scheduler_every']!r}; change it"
+                f"scheduler_every='epoch', got mode={self.scheduler.mode!r}, {self.options['scheduler_every']!r}; "
+                "change it"
             )
         self.scheduler.step(row[score])
 
@@ -271,12 +279,23 @@ class Training:
         means = dict(zip(self.sums, values.tolist()))
         for name, value in means.items():
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name}: not finite ({value}) within steps {self.logged_step + 1} to {self.step}; lower the "
-                    "rate or the "
-                    f"loss weights, clip the gradient (clip_norm), or look at the data"
+                raise self._not_finite(
+                    f"{name}: not finite ({value}) within steps {self.logged_step + 1} to {self.step}"
                 )
         return means
+
+    def _check_weights(self) -> None:
+        """A gradient that is not finite ruins them though the losses were."""
+        named = dict(self.method.named_parameters())
+        if named and not torch.stack([p.detach().isfinite().all() for p in named.values()]).all():
+            name = next(name for name, p in named.items() if not p.detach().isfinite().all())
+            raise self._not_finite(f"{name}: weights that are not finite after step {self.step}")
+
+    @staticmethod
+    def _not_finite(what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what}; lower the rate or the loss weights, clip the gradient (clip_norm), or look at the data"
+        )
 
     def _write_row(self, bar, found: dict[str, float] | None = None) -> dict[str, float]:
         row = {"step": self.step, "epoch": self.epoch, **self._means(), "lr": self._lr(), **self.method.scheduled()}
@@ -327,6 +346,9 @@ class Training:
             self.best_weights = {key: value.detach().cpu().clone() for key, value in self.method.state_dict().items()}
         else:
             self.epochs_without_better += 1
+        self._judge_patience()
+
+    def _judge_patience(self) -> None:
         patience = self.options["patience"]
         self.stopped_early = patience is not None and self.epochs_without_better >= patience
 
@@ -358,6 +380,8 @@ class Training:
             "processes": self.processes.world,
             "method": type(self.method).__name__,
             "optimizer": type(self.optimizer).__name__,
+            "lr": max(float(group["initial_lr"]) for group in self.optimizer.param_groups),
+            "weight_decay": max(float(group.get("weight_decay", 0.0)) for group in self.optimizer.param_groups),
             "weights": [[name, list(value.shape)] for name, value in self.method.state_dict().items()],
         }
 
@@ -366,6 +390,7 @@ class Training:
             return
         if self.sums:
             self._means()  # raises rather than keep a state that is ruined
+        self._check_weights()
         own = {
             "random": random_states.capture(),
             "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
@@ -382,7 +407,6 @@ class Training:
                 "epoch": self.epoch,
                 "logged_step": self.logged_step,
                 "epochs_without_better": self.epochs_without_better,
-                "stopped_early": self.stopped_early,
                 "history": self.history,
                 "best": self.best,
                 "best_weights": self.best_weights,
@@ -404,8 +428,8 @@ class Training:
                 shown = "other layers or shapes" if name == "weights" else f"{before!r}"
                 raise ValueError(
                     f"checkpoint: expected one of this training, got one with {name} {shown}, where now it is "
-                    f"{'the method given' if name == 'weights' else repr(now)}; remove {str(self.checkpoint)!r}, or "
-                    "pass resume=False"
+                    f"{'the method given' if name == 'weights' else repr(now)}; remove {str(self.checkpoint)!r}, name "
+                    "another file, or pass resume=False"
                 )
         self.method.load_state_dict(state["method"])
         if self.unfreezing is not None:
@@ -414,17 +438,9 @@ class Training:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        for name in (
-            "step",
-            "epoch",
-            "logged_step",
-            "epochs_without_better",
-            "stopped_early",
-            "history",
-            "best",
-            "best_weights",
-        ):
+        for name in ("step", "epoch", "logged_step", "epochs_without_better", "history", "best", "best_weights"):
             setattr(self, name, state[name])
+        self._judge_patience()
         own = state["processes"][self.processes.rank]
         self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
         for name, stream in self.streams.items():
@@ -440,11 +456,16 @@ class Training:
     def _check_optimizer(self) -> None:
         """A parameter that learns but is in no optimiser would stay as it is, and nobody would know."""
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.method.named_parameters() if p.requires_grad and id(p) not in held]
+        learning = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
+        missing = [name for name, p in learning.items() if id(p) not in held]
+        if not learning:
+            raise ValueError("method: expected parameters that learn, got none, all are frozen; unfreeze some")
         if missing:
+            given = "optimizer" if self.options["optimizer"] is not None else "unfreezing"
             raise ValueError(
-                f"optimizer: expected all parameters of the method that learn, got none of {', '.join(missing[:3])}"
-                f"{', ...' if len(missing) > 3 else ''}; make it from method.parameters(), or freeze them"
+                f"{given}: expected all parameters of the method that learn, got none of {', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}; make it from method"
+                f"{'.parameters()' if given == 'optimizer' else ''}, or freeze them"
             )
 
 

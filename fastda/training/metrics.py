@@ -9,6 +9,8 @@ import math
 import os
 from pathlib import Path
 
+from ..files import check_writable
+
 SUFFIXES = (".csv", ".jsonl")
 
 
@@ -20,8 +22,7 @@ class MetricsFile:
         self.path, self.columns = Path(path), columns
         if self.path.suffix not in SUFFIXES:
             raise ValueError(f"log: expected a file that ends in {' or '.join(SUFFIXES)}, got {str(path)!r}; rename it")
-        if not self.path.parent.is_dir():
-            raise ValueError(f"log: expected a file in a folder that exists, got {str(path)!r}; make the folder")
+        check_writable("log", self.path)
 
     def begin(self, length: int = 0) -> None:
         """Cut the file to a length that it had, or begin anew."""
@@ -30,8 +31,7 @@ class MetricsFile:
         elif length:
             raise ValueError(
                 f"log: expected the file that the checkpoint goes with, of at least {length} bytes, got "
-                f"{str(self.path)!r}; "
-                f"put it back, or remove the checkpoint"
+                f"{str(self.path)!r}; put it back, or remove the checkpoint"
             )
         else:
             header = self._line(self.columns) if self.path.suffix == ".csv" else ""

@@ -1,14 +1,12 @@
 """Model selection: scores of a validation set, higher is better; those of the target need no labels.
 
-==========================
-================================================================================================
+========================== =========================================================================================
 `source_accuracy`           of the source; says little about the target, and is often the best of the unsupervised ones
 `target_accuracy`           needs target labels: then selection is no longer unsupervised, which results have to say
 `negative_entropy`          how sure the predictions are; a collapsed model is sure too
 `information_maximisation`  sure predictions, spread over the classes
 `snd`                       soft neighbourhood density: predictions that agree form dense groups
-==========================
-================================================================================================
+========================== =========================================================================================
 """
 
 from __future__ import annotations
@@ -32,8 +30,7 @@ def negative_entropy(logits: Tensor) -> float:
         logits: (N, C), floating.
 
     Source: Morerio, Cavazza & Murino, Minimal-Entropy Correlation Alignment for Unsupervised Deep Domain Adaptation,
-        ICLR 2018
-    (entropy on the target for choosing hyperparameters).
+    ICLR 2018 (entropy on the target for choosing hyperparameters).
 
     Example:
         >>> import torch
@@ -79,8 +76,7 @@ def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> flo
         temperature: τ.
 
     Source: Saito et al., Tune It the Right Way: Unsupervised Validation of Domain Adaptation via Soft Neighborhood
-        Density,
-    ICCV 2021.
+    Density, ICCV 2021.
 
     Example:
         >>> import torch
