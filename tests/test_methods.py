@@ -15,7 +15,7 @@ from torchvision_stub import import_timm
 
 import fastda
 from fastda.methods import DANN, CORALTerm, DeepCORAL, DomainAdversarialTerm, Method, SourceOnly, Term, split
-from fastda.nn import DeepCORALLoss
+from fastda.nn import DeepCORALLoss, DomainDiscriminator
 from fastda.schedules import dann_lambda
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,10 +70,15 @@ def test_deep_coral_over_several_layers(passes):
 
 
 @pytest.mark.parametrize("passes", ["joint", "separate"])
-def test_dann(passes):
+@pytest.mark.parametrize(
+    "classifier",
+    [nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), DomainDiscriminator(6, 4, dropout=0.0)],
+    ids=["any module", "discriminator"],
+)
+def test_dann(passes, classifier):
     """The gradient of L_y + w·L_d, in which that of L_d is multiplied by −λ where it enters the features."""
     extractor, predictor = networks(torch.float64)
-    classifier = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    classifier = copy.deepcopy(classifier).double()
     method = DANN(extractor, predictor, classifier, lambd=lambda p: 0.2 + p, weight=0.7, passes=passes).double()
     method.set_progress(0.5)
     source, target = SOURCE.double(), TARGET.double()
@@ -86,6 +91,12 @@ def test_dann(passes):
     for name, gradient in gradients(method, losses).items():
         factor = -0.7 if name.startswith("feature_extractor") else 1.0
         assert_close(gradient, of_task[name] + factor * of_domain[name])
+
+
+def test_the_domain_classifier_is_made_for_the_features():
+    extractor, predictor = networks()
+    classifier = DANN(extractor, nn.Sequential(nn.ReLU(), predictor)).terms["domain"].domain_classifier
+    assert isinstance(classifier, DomainDiscriminator) and classifier[0].in_features == 6
 
 
 def test_a_combination_has_the_losses_of_its_parts():
@@ -164,7 +175,7 @@ def test_weights_and_lambda_follow_the_progress():
         method.set_progress(progress)
         expected = {"coral_weight": 100 * progress, "domain_weight": 1.0, "domain_lambda": dann_lambda(progress)}
         assert method.scheduled() == pytest.approx(expected | {"target_label_weight": 1 - progress})
-    assert not [name for name in method.state_dict() if "value" in name], "schedules are no weights"
+    assert not [name for name in method.state_dict() if "weight.value" in name], "loss weights are no weights"
 
 
 # Networks of other kinds
@@ -437,7 +448,14 @@ class Vector(Term):
         (lambda e, p: DeepCORAL(e, p, pool="sum"), ValueError, "^pool: expected one of 'mean'"),
         (lambda e, p: DeepCORAL(e, p, weight=math.nan), ValueError, "^coral_weight: expected a number finite"),
         (lambda e, p: DANN(e, nn.Flatten()), ValueError, "^domain_classifier: expected a module, got None"),
-        (lambda e, p: DANN(e, p, lambd="high"), TypeError, "^domain_lambda: expected a number, got 'high'"),
+        (lambda e, p: DANN(e, p, lambd="high"), TypeError, "^lambd: expected a number, got 'high'"),
+        (
+            lambda e, p: DANN(nn.Unflatten(1, (1, 5)), nn.Sequential(nn.Flatten(), nn.Linear(5, 3))).losses(
+                SOURCE, LABELS, TARGET
+            ),
+            ValueError,
+            r"^domain_classifier: expected features of shape \(samples, 5\), got .*\(19, 1, 5\)",
+        ),
         (lambda e, p: split(e, "fc"), ValueError, "^head: expected the name of a module of Sequential, got 'fc'"),
         (
             lambda e, p: DeepCORAL(e, p).losses(SOURCE, LABELS),
@@ -463,6 +481,16 @@ class Vector(Term):
             lambda e, p: DeepCORAL(nn.Flatten(), nn.Linear(5, 3)).losses(SOURCE, LABELS, TARGET[:, :4]),
             ValueError,
             '^target: expected samples of the source\'s shape.*passes="separate"',
+        ),
+        (
+            lambda e, p: DeepCORAL(e, p).losses({"x": SOURCE, "mask": SOURCE}, LABELS, {"x": TARGET}),
+            ValueError,
+            "^target: expected inputs like the source's, a dictionary of mask, x, got a dictionary of x; give both",
+        ),
+        (
+            lambda e, p: DeepCORAL(e, p).losses((SOURCE, SOURCE), LABELS, (TARGET,)),
+            ValueError,
+            "^target: expected inputs like the source's, a tuple of 2, got a tuple of 1; give both",
         ),
         (
             lambda e, p: SourceOnly(nn.LSTM(5, 6), p).losses(SOURCE, LABELS),

@@ -1,4 +1,4 @@
-"""What nn, methods, training and finetuning offer: documented, with examples that run."""
+"""What methods, training and finetuning offer: documented, with examples that run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("nn", "methods", "training", "finetuning")
+MODULES = ("methods", "training", "finetuning")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES

@@ -154,12 +154,22 @@ def test_mixed_precision_learns_and_keeps_float32_weights(precision):
 
 
 def test_compiled_networks_train_alike():
-    eager, compiled = method(), method()
-    for model, options in ((eager, False), (compiled, {"backend": "aot_eager"})):
+    """Each network in one graph, with a layer of its own that is watched; afterwards they are as before."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
+    eager, compiled = (method(layers=["feature_extractor.0", "feature_extractor"]) for _ in range(2))
+    for model, options in ((eager, False), (compiled, {"backend": backend, "fullgraph": True})):
         torch.manual_seed(1)
         fit(model, loader(), loader(labelled=False), epochs=2, compile=options)
     assert_close(weights(compiled), weights(eager))
+    assert [len(graph) for graph in graphs] == [2, 1], "linear and tanh; linear"
     assert_close(compiled(data()[:][0]), eager(data()[:][0]))
+    assert len(graphs) == 2
 
 
 def test_frozen_norms_stay_frozen_in_training():

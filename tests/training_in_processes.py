@@ -28,6 +28,7 @@ def make() -> tuple[Method, TensorDataset, PartlyLabelled]:
     target = PartlyLabelled(TensorDataset(1.5 * inputs[:48] + 1, labels[:48]), known=[0, 1, 2, 3, 20, 41])
     torch.manual_seed(1)
     extractor = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    extractor[0].register_parameter("unused", nn.Parameter(torch.ones(2)))  # no loss depends on it
     classifier = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
     method = Method(
         extractor,
@@ -59,6 +60,7 @@ def train(batch_size: int, checkpoint: str) -> dict:
         accumulate=2,
         log_every=1,
         checkpoint=checkpoint,
+        distributed={"find_unused_parameters": True},
     )
     return {"history": result.history, "weights": method.state_dict()}
 

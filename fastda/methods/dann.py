@@ -6,21 +6,20 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..ops import domain_adversarial_loss, gradient_reversal
+from ..nn import DomainDiscriminator, GradientReversal
+from ..ops import domain_adversarial_loss, gradient_reversal_fork
 from ..reference import checks
 from ..schedules import dann_lambda
 from .method import Method, Passed, Term, mean, require_module
-from .scheduled import Scheduled
-
-HIDDEN = 256  # units of the domain classifier that is made where none is given
 
 
 class DomainAdversarialTerm(Term):
     """The loss of a domain classifier, whose gradient reaches the features reversed and scaled by λ.
 
     Args:
-        domain_classifier: from features to one logit a sample; by default two layers of 256 units, for the number of
-            features that the label predictor takes.
+        domain_classifier: from features to one logit a sample; by default a :class:`fastda.nn.DomainDiscriminator` for
+            the number of features that the label predictor takes. With one of these the reversal costs no pass over the
+            features.
         lambd: λ, a number or a function of the progress of training; by default the paper's, which rises from 0 to 1.
             Where it is too strong the features collapse: try 0.03 to 0.3 times that (`lambda p: 0.1 * dann_lambda(p)`).
         weight: weight of the whole loss, for the domain classifier and the features alike.
@@ -39,26 +38,44 @@ class DomainAdversarialTerm(Term):
         if domain_classifier is not None:
             require_module("domain_classifier", domain_classifier)
         self.domain_classifier = domain_classifier
-        self.lambd = Scheduled(f"{name}_lambda", lambd)
+        self.reversal = GradientReversal(by_progress=lambd) if callable(lambd) else GradientReversal(lambd)
+        self.logits: Tensor | None = None
 
     def attach(self, method: Method) -> None:
         if self.domain_classifier is None:
-            self.domain_classifier = _default_classifier(method.label_predictor)
+            self.domain_classifier = DomainDiscriminator(_num_features(method.label_predictor))
+
+    def set_progress(self, progress: float) -> None:
+        super().set_progress(progress)
+        if self.reversal.by_progress is not None:
+            self.reversal.step(progress)
+
+    def scheduled(self) -> dict[str, Tensor]:
+        return super().scheduled() | {f"{self.name}_lambda": self.reversal.lambd}
+
+    def branch(self, features: Tensor) -> Tensor:
+        if isinstance(self.domain_classifier, DomainDiscriminator):
+            _check_features(features, self.domain_classifier)
+            features, self.logits = self.domain_classifier.fork(features, self.reversal.lambd)
+        else:
+            features, branch = gradient_reversal_fork(features, self.reversal.lambd)
+            self.logits = self.domain_classifier(branch)
+        return features
 
     def forward(self, passed: Passed) -> Tensor:
-        logits = self.domain_classifier(gradient_reversal(passed.features, self.lambd()))
-        if logits.shape[:1].numel() != len(passed.features) or logits.numel() != len(passed.features):
+        logits, self.logits = self.logits, None
+        sizes = [len(passed.source_features), len(passed.target_features)]
+        if logits.shape[:1] != (sum(sizes),) or logits.numel() != sum(sizes):
             raise ValueError(
-                f"domain_classifier: expected one logit a sample, {len(passed.features)} in all, got "
-                f"{checks.describe(logits)}; end it in a layer of one unit, without a sigmoid or softmax"
+                f"domain_classifier: expected one logit a sample, {sum(sizes)} in all, got {checks.describe(logits)}; "
+                "end it in a layer of one unit, without a sigmoid or softmax"
             )
-        source, target = logits.split([len(passed.source_features), len(passed.target_features)])
+        source, target = logits.split(sizes)
         if passed.process_group is None:
             return domain_adversarial_loss(source, target)
         source, target = domain_adversarial_loss(source, target, reduction="none")
-        return (
-            mean(source, source.numel(), passed.process_group) + mean(target, target.numel(), passed.process_group)
-        ) / 2
+        means = [mean(losses, losses.numel(), passed.process_group) for losses in (source, target)]
+        return sum(means) / 2
 
 
 class DANN(Method):
@@ -97,14 +114,20 @@ class DANN(Method):
         super().__init__(feature_extractor, label_predictor, [term], **options)
 
 
-def _default_classifier(label_predictor: nn.Module) -> nn.Module:
+def _num_features(label_predictor: nn.Module) -> int:
     linear = next((module for module in label_predictor.modules() if isinstance(module, nn.Linear)), None)
     if linear is None:
         raise ValueError(
             "domain_classifier: expected a module, got None, and the label predictor has no linear layer that would "
-            "tell the number of features; pass one, such as "
-            "nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 1))"
+            "tell the number of features; pass one, such as fastda.nn.DomainDiscriminator(features)"
         )
-    return nn.Sequential(
-        nn.Linear(linear.in_features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)
-    )
+    return linear.in_features
+
+
+def _check_features(features: Tensor, discriminator: DomainDiscriminator) -> None:
+    expected = getattr(discriminator[0], "in_features", None)
+    if expected is not None and features.shape[1:] != (expected,):
+        raise ValueError(
+            f"domain_classifier: expected features of shape (samples, {expected}), got {checks.describe(features)}; "
+            "flatten or pool them at the end of the feature extractor, or pass a classifier that does"
+        )

@@ -25,7 +25,6 @@ class Passed:
     Attributes:
         source_features, target_features: (Ns, ...), (Nt, ...).
         source_logits, target_logits: (Ns, C), (Nt, C); those of the target only for terms that ask for them.
-        joint_features: both features in one tensor, source first, where they went through the network together.
         process_group: the processes that the batches are spread over, or None.
     """
 
@@ -33,15 +32,7 @@ class Passed:
     target_features: Tensor
     source_logits: Tensor
     target_logits: Tensor | None = None
-    joint_features: Tensor | None = None
     process_group: object = None
-
-    @property
-    def features(self) -> Tensor:
-        """Both features in one tensor, source first."""
-        if self.joint_features is not None:
-            return self.joint_features
-        return torch.cat([self.source_features, self.target_features])
 
 
 class Term(nn.Module):
@@ -71,6 +62,18 @@ class Term(nn.Module):
 
     def begin(self) -> None:
         """A pass through the networks follows."""
+
+    def branch(self, features: Tensor) -> Tensor:
+        """Look at both domains' features, source first, before the label predictor; returns those that it gets."""
+        return features
+
+    def set_progress(self, progress: float) -> None:
+        """Set all schedules to the share of training that is done, 0 to 1."""
+        self.weight.set_progress(progress)
+
+    def scheduled(self) -> dict[str, Tensor]:
+        """What follows a schedule, by name."""
+        return {f"{self.name}_weight": self.weight()}
 
     def forward(self, passed: Passed) -> Tensor:
         raise TypeError(f"{type(self).__name__}: expected a term with a forward(passed) of its own; define it")
@@ -162,24 +165,27 @@ class Method(nn.Module):
 
     def forward(self, inputs) -> Tensor:
         """The logits (N, C)."""
-        return as_tensor("label_predictor", self.label_predictor(self.features(inputs)))
+        return self.predict_labels(self.features(inputs))
 
     def features(self, inputs) -> Tensor:
         """The features, on which the domains are aligned."""
         return as_tensor("feature_extractor", call(self.feature_extractor, inputs))
 
+    def predict_labels(self, features: Tensor) -> Tensor:
+        """The logits of features."""
+        return as_tensor("label_predictor", self.label_predictor(features))
+
     def set_progress(self, progress: float) -> None:
         """Set all schedules, of weights and λ, to the share of training that is done, 0 to 1."""
-        for module in self.modules():
-            if isinstance(module, Scheduled):
-                module.set_progress(progress)
+        for scheduled in (self.target_label_weight, *self.terms.values()):
+            scheduled.set_progress(progress)
 
     def scheduled(self) -> dict[str, float]:
         """The present weights and λ, by name."""
-        values = {m.name: m.value.item() for m in self.modules() if isinstance(m, Scheduled)}
-        if not self.uses_target_labels:
-            del values["target_label_weight"]
-        return values
+        values = {"target_label_weight": self.target_label_weight()} if self.uses_target_labels else {}
+        for term in self.terms.values():
+            values |= term.scheduled()
+        return {name: value.item() for name, value in values.items()}
 
     def losses(
         self, source, source_labels: Tensor, target=None, target_labels: Tensor | None = None
@@ -222,20 +228,26 @@ class Method(nn.Module):
 
     def _pass(self, source, target) -> Passed:
         """Both domains through both networks; the target through the label predictor only if somebody wants it."""
-        wants_logits = self.uses_target_labels or any(term.needs_target_logits for term in self.terms.values())
+        terms = self.terms.values()
+        branching = [term for term in terms if type(term).branch is not Term.branch]
+        wants_logits = self.uses_target_labels or any(term.needs_target_logits for term in terms)
         if self.passes == "joint":
             sizes = [num_samples(source), num_samples(target)]
             features = self.features(concatenate(source, target))
+        else:
+            sources, targets = self.features(source), self.features(target)
+            sizes = [len(sources), len(targets)]
+            features = torch.cat([sources, targets]) if branching else None
+        for term in branching:
+            features = term.branch(features)
+        if features is not None:
             sources, targets = features.split(sizes)
-            if not wants_logits:
-                logits, target_logits = as_tensor("label_predictor", self.label_predictor(sources)), None
-            else:
-                logits, target_logits = as_tensor("label_predictor", self.label_predictor(features)).split(sizes)
-            return Passed(sources, targets, logits, target_logits, features, self.process_group)
-        sources, targets = self.features(source), self.features(target)
-        logits = as_tensor("label_predictor", self.label_predictor(sources))
-        target_logits = as_tensor("label_predictor", self.label_predictor(targets)) if wants_logits else None
-        return Passed(sources, targets, logits, target_logits, None, self.process_group)
+        if self.passes == "joint" and wants_logits:
+            logits, target_logits = self.predict_labels(features).split(sizes)
+        else:
+            logits = self.predict_labels(sources)
+            target_logits = self.predict_labels(targets) if wants_logits else None
+        return Passed(sources, targets, logits, target_logits, self.process_group)
 
     def _task(self, name: str, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean of the task loss over the samples whose label is known, of all processes; 0 if there are none."""

@@ -21,8 +21,19 @@ def num_samples(inputs) -> int:
     return inputs.shape[0]
 
 
+def _structure(inputs) -> str:
+    if isinstance(inputs, Mapping):
+        return f"a dictionary of {', '.join(sorted(inputs))}"
+    return f"a tuple of {len(inputs)}" if isinstance(inputs, (tuple, list)) else "a tensor"
+
+
 def concatenate(source, target):
     """Both domains in one batch, source first."""
+    if _structure(source) != _structure(target):
+        raise ValueError(
+            f"target: expected inputs like the source's, {_structure(source)}, got {_structure(target)}; give both the "
+            'same, or choose passes="separate"'
+        )
     if isinstance(source, Mapping):
         return {key: concatenate(part, target[key]) for key, part in source.items()}
     if isinstance(source, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Numbers that follow a schedule: loss weights and λ."""
+"""Numbers that follow a schedule."""
 
 from __future__ import annotations
 

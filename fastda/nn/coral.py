@@ -37,7 +37,7 @@ class DeepCORALLoss(nn.Module):
             function from the output to (samples, features). Positions are all dimensions after the channels for maps
             (N, C, H, W), and the tokens of sequences (N, T, D).
 
-    Shapes:
+    Shape:
         Outputs of the layers (N, ...), float32, float64, bfloat16 or float16; the loss is a scalar, float64 for float64
         outputs, else float32.
 

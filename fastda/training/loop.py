@@ -169,7 +169,7 @@ class Training:
             compile_options = {} if self.options["compile"] is True else dict(self.options["compile"])
             self.compiled = [self.method.feature_extractor, self.method.label_predictor]
             for network in self.compiled:
-                network.compile(**compile_options)
+                network._compiled_call_impl = _compiled(network, compile_options)
         self.objective = self._wrap()
 
     def _finish(self) -> None:
@@ -467,6 +467,16 @@ class Training:
                 f"{', ...' if len(missing) > 3 else ''}; make it from method"
                 f"{'.parameters()' if given == 'optimizer' else ''}, or freeze them"
             )
+
+
+def _compiled(network: nn.Module, options: dict):
+    """As `network.compile` does, which silently leaves PyTorch's own containers and layers as they are: it needs a
+    function from elsewhere to begin at."""
+
+    def call(*args, **kwargs):
+        return network._call_impl(*args, **kwargs)
+
+    return torch.compile(call, **options)
 
 
 class _NoBar:
