@@ -23,11 +23,12 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, WeightedR
 from tqdm import tqdm
 
 from fastda.benchmarks.record import git_revision
-from fastda.demo.command import one_thread, write_atomically
+from fastda.demo.command import one_thread
 from fastda.demo.data import NUM_CLASSES, Digits, Domains, make_domains, photograph, studio_digits
 from fastda.demo.model import DigitNetwork
-from fastda.demo.report import interval
+from fastda.files import write_atomically
 from fastda.finetuning import GradualUnfreezing, feature_extraction, layerwise_lr_decay, unfreeze_top
+from fastda.intervals import interval
 from fastda.methods import CORALTerm, DomainAdversarialTerm, Method, SourceOnly
 from fastda.schedules import dann_lambda
 from fastda.training import PartlyLabelled, evaluate, fit

@@ -16,7 +16,7 @@ import fastda
 from fastda import cli
 from fastda.demo import data as demo_data
 from fastda.demo.data import Phone, make_domains, photograph, studio_digits
-from fastda.demo.report import Report, Result, StepTime, interval
+from fastda.demo.report import Report, Result, StepTime
 from fastda.demo.train import METHODS, dann, deep_coral, predict, source_only, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,13 +204,6 @@ def test_adaptation_raises_the_accuracy_on_held_out_phone_images():
 
 
 # Report and command
-
-
-def test_interval_is_students():
-    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3
-    assert math.isclose(half, 2.776445105 * math.sqrt(2.5 / 5), rel_tol=1e-9)  # t(0.975, 4) from a printed table
-    assert math.isnan(interval([1.0])[1])
 
 
 def test_share_of_the_gap_is_taken_seed_by_seed():

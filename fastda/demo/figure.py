@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..intervals import interval
 from .data import NUM_CLASSES, Domains, photograph, studio_digits
 from .model import DigitNetwork
-from .report import Report, interval
+from .report import Report
 
 COLOURS = {"source-only": "#7f7f7f", "Deep CORAL": "#1f77b4", "DANN": "#e6862b", "upper bound": "#3a923a"}
 STUDIO = "#4c4c4c"

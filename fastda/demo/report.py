@@ -15,6 +15,7 @@ from rich.table import Table
 
 import fastda
 
+from ..intervals import interval
 from .data import NUM_CLASSES, Domains, Phone, make_domains
 from .model import DigitNetwork
 from .train import METHODS, STEPS, Method, Trainer, predict, train
@@ -138,16 +139,6 @@ def time_steps(method: Method, data: Domains, seed: int, after_step: Callable[[]
 def served_by() -> dict[str, str]:
     """Which backend an automatic choice gives each op on the CPU."""
     return {row.op: row.backend for row in fastda.backend.serving() if row.op in OPS and row.device == "cpu"}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t; NaN for a single value."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.nan
-    from scipy.stats import t
-
-    standard_error = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(t.ppf(0.975, len(values) - 1)) * standard_error
 
 
 def percent(values: Sequence[float], digits: int = 1) -> str:

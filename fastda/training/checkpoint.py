@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,14 +14,8 @@ FORMAT = 1
 
 def save(path: Path, state: dict) -> None:
     """Whoever looks finds the old checkpoint or the whole new one, after a power failure too."""
-
-    def write(file: BinaryIO) -> None:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-
     _check_plain("checkpoint", state)
-    write_atomically(path, write)
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     for leftover in path.parent.glob(f".{path.name}.*.part"):  # of processes that were killed while writing
         leftover.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..finetuning import GradualUnfreezing
 from ..finetuning.learning_rates import decays
 from ..methods import Method
+from ..progress import NoBar, progress_bar
 from ..reference import checks
 from . import checkpoint as checkpoints
 from . import loaders, random_states
@@ -89,6 +90,7 @@ class Training:
         self.log = MetricsFile(options["log"], self._columns()) if options["log"] is not None and first else None
         self.compiled: list[nn.Module] = []
         self.writer = None
+        self.bar = NoBar()
 
     # What is made of the arguments
 
@@ -139,16 +141,13 @@ class Training:
     # The run
 
     def run(self) -> Fit:
-        bar = _NoBar()
         try:
             self._start()
-            bar = self._progress_bar()
             while self.epoch < self.epochs and not self.stopped_early:
-                self._train_epoch(bar)
+                self._train_epoch()
             if self.best_weights is not None:
                 self.method.load_state_dict(self.best_weights)
         finally:
-            bar.close()
             self._finish()
         return Fit(self.history, self.best, self.step, self.stopped_early)
 
@@ -164,6 +163,8 @@ class Training:
         self._check_optimizer()
         first = self.processes.is_first
         folder = self.options["tensorboard"]
+        progress = self.options["progress"] if first else False
+        self.bar = progress_bar(progress, total=self.total_steps, initial=self.step, unit="step")
         self.writer = tensorboard(folder, self.step) if folder is not None and first else None
         if self.options["compile"]:
             compile_options = {} if self.options["compile"] is True else dict(self.options["compile"])
@@ -173,6 +174,7 @@ class Training:
         self.objective = self._wrap()
 
     def _finish(self) -> None:
+        self.bar.close()
         self.method.process_group = None
         for network in self.compiled:
             network._compiled_call_impl = None
@@ -196,23 +198,23 @@ class Training:
             return False
         return bool(self.unfreezing.start_epoch(self.epoch, self.optimizer, self.scheduler))
 
-    def _train_epoch(self, bar) -> None:
+    def _train_epoch(self) -> None:
         if self._thaw():
             self.objective = self._wrap()  # DistributedDataParallel looks only once at what learns
         self.method.train()
         while self.step < (self.epoch + 1) * self.steps_per_epoch:
             self._train_step()
-            bar.update()
+            self.bar.update()
             last = self.step == (self.epoch + 1) * self.steps_per_epoch
             every = self.options["log_every"]
             if every is not None and self.step % every == 0 and not last:
-                self._write_row(bar)
+                self._write_row()
             every = self.options["checkpoint_every"]
             if every is not None and self.step % every == 0 and not last:
                 self._save()
         self.epoch += 1
         found = self._validate()
-        row = self._write_row(bar, found)
+        row = self._write_row(found)
         self._select(row)
         if self.scheduler is not None and self.options["scheduler_every"] == "epoch":
             self._step_scheduler(row)
@@ -297,7 +299,7 @@ class Training:
             f"{what}; lower the rate or the loss weights, clip the gradient (clip_norm), or look at the data"
         )
 
-    def _write_row(self, bar, found: dict[str, float] | None = None) -> dict[str, float]:
+    def _write_row(self, found: dict[str, float] | None = None) -> dict[str, float]:
         row = {"step": self.step, "epoch": self.epoch, **self._means(), "lr": self._lr(), **self.method.scheduled()}
         row |= found or {}
         self.history.append(row)
@@ -310,7 +312,7 @@ class Training:
                     self.writer.add_scalar(name, value, self.step)
             self.writer.flush()
         shown = ("loss", "source_accuracy", "target_accuracy")
-        bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
+        self.bar.set_postfix({name: f"{row[name]:.4g}" for name in shown if name in row}, refresh=False)
         if self.options["on_row"] is not None and self.processes.is_first:
             self.options["on_row"](dict(row))
         return row
@@ -351,21 +353,6 @@ class Training:
     def _judge_patience(self) -> None:
         patience = self.options["patience"]
         self.stopped_early = patience is not None and self.epochs_without_better >= patience
-
-    def _progress_bar(self):
-        wanted = self.options["progress"]
-        if wanted is False or not self.processes.is_first:
-            return _NoBar()
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            if wanted:
-                raise ModuleNotFoundError(
-                    "progress: expected tqdm to be installed, got none; pip install tqdm"
-                ) from None
-            return _NoBar()
-        # disable=None: no bar where standard error is no terminal
-        return tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if wanted is None else False)
 
     # Checkpoints
 
@@ -477,11 +464,3 @@ def _compiled(network: nn.Module, options: dict):
         return network._call_impl(*args, **kwargs)
 
     return torch.compile(call, **options)
-
-
-class _NoBar:
-    def update(self) -> None: ...
-
-    def set_postfix(self, *_, **__) -> None: ...
-
-    def close(self) -> None: ...
