@@ -8,6 +8,6 @@ from fastda.training import evaluate, fit
 network = pretrained()
 method = DeepCORAL(network.features, network.classifier, weight=1000.0)
 before = evaluate(method, phone_test).accuracy
-fit(method, studio, phone, epochs=40)
+fit(method, studio, phone, epochs=25)
 after = evaluate(method, phone_test).accuracy
 print(f"right on phone images: {before:.1%} before, {after:.1%} after")

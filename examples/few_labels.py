@@ -12,6 +12,6 @@ scans = PartlyLabelled(TensorDataset(DOMAINS.target_train.images, labels), known
 network = pretrained()
 method = DeepCORAL(network.features, network.classifier, weight=1000.0, target_label_weight=1.0)
 before = evaluate(method, phone_test).accuracy
-fit(method, studio, DataLoader(scans, batch_size=64, shuffle=True), epochs=40)
+fit(method, studio, DataLoader(scans, batch_size=64, shuffle=True), epochs=25)
 after = evaluate(method, phone_test).accuracy
 print(f"right on phone images: {before:.1%} before, {after:.1%} after")
