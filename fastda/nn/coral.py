@@ -1,4 +1,4 @@
-"""Deep CORAL as a Module: watches the layers of any model."""
+"""CORAL as Modules: between features, and over the layers of any model, which are watched."""
 
 from __future__ import annotations
 
@@ -8,12 +8,69 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import deep_coral_loss
+from ..ops import coral_loss, deep_coral_loss
 from ..reference import checks
 from ..reference.coral import SCALES
+from ..reference.reduction import REDUCTIONS
 from .outputs import OF_LAYER, as_tensor
 
 POOLS = ("mean", "max", "flatten")
+
+
+class CORALLoss(nn.Module):
+    r"""How far apart the covariances of source and target features are; :func:`fastda.coral_loss` as a Module.
+
+    .. math:: L = s \, \lVert C_s - C_t \rVert_F^2
+
+    Args:
+        correction, scale, mean_weight, reduction, process_group: as in :func:`fastda.coral_loss`.
+
+    Shape:
+        Features `(..., Ns, D)` and `(..., Nt, D)`, float32, float64, bfloat16 or float16, to a scalar, or `(...)` with
+        `reduction="none"`.
+
+    Raises:
+        ValueError: an unknown option; at the call, what :func:`fastda.coral_loss` raises.
+
+    Differentiable any number of times.
+
+    Source: Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, ECCV workshops 2016.
+
+    Example:
+        >>> import torch
+        >>> from fastda.nn import CORALLoss
+        >>> source, target = torch.randn(32, 8, requires_grad=True), torch.randn(24, 8)
+        >>> CORALLoss(scale="mean", mean_weight=1.0)(source, target).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        correction: int = 1,
+        scale: str = "paper",
+        mean_weight: float = 0.0,
+        reduction: str = "mean",
+        process_group=None,
+    ) -> None:
+        super().__init__()
+        _check(correction, scale, mean_weight)
+        checks.option("reduction", reduction, REDUCTIONS)
+        self.correction, self.scale, self.mean_weight = correction, scale, mean_weight
+        self.reduction, self.process_group = reduction, process_group
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return coral_loss(
+            source,
+            target,
+            correction=self.correction,
+            scale=self.scale,
+            mean_weight=self.mean_weight,
+            reduction=self.reduction,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale!r}, mean_weight={self.mean_weight}"
 
 
 class DeepCORALLoss(nn.Module):
@@ -82,9 +139,7 @@ class DeepCORALLoss(nn.Module):
                 f"layers: expected at least one name, and one weight a name; got {len(self.layers)} names, "
                 f"{'no' if weights is None else len(weights)} weights"
             )
-        checks.whole_number("correction", correction, 0)
-        checks.option("scale", scale, SCALES)
-        checks.number("mean_weight", mean_weight, least=0)
+        _check(correction, scale, mean_weight)
         if not callable(pool):
             checks.option("pool", pool, POOLS)
         self.correction, self.scale, self.mean_weight, self.pool = correction, scale, mean_weight, pool
@@ -145,6 +200,12 @@ class DeepCORALLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layers={list(self.layers)}, scale={self.scale!r}"
+
+
+def _check(correction: int, scale: str, mean_weight: float) -> None:
+    checks.whole_number("correction", correction, 0)
+    checks.option("scale", scale, SCALES)
+    checks.number("mean_weight", mean_weight, least=0)
 
 
 def pool_positions(x: Tensor, pool: str) -> Tensor:
