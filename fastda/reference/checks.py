@@ -20,13 +20,19 @@ def describe(value: object) -> str:
     """What an argument turned out to be, for an error message."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def tensor(name: str, value: Tensor) -> None:
+    """Raise a TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}; wrap it in torch.as_tensor(...)")
 
 
 def floating(name: str, value: Tensor) -> None:
     """Raise a TypeError unless `value` is a tensor of a supported floating dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(value)}; wrap it in torch.as_tensor(...)")
+    tensor(name, value)
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got a {value.layout} one; convert it with .to_dense()")
     if value.dtype not in FLOATING:
