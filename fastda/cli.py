@@ -44,6 +44,12 @@ COMMANDS = {
         summary="show versions, the compiled core, and which backend serves which op, and why",
         example="fastda doctor",
     ),
+    "sinusoid": Command(
+        module="fastda.fewshot.sinusoid_command",
+        summary="learn to learn sine curves with MAML: the paper's experiment, with a figure of the fits",
+        example="fastda sinusoid --shots 10 --iterations 3000",
+        extra="fewshot",
+    ),
 }
 
 
