@@ -65,6 +65,9 @@ def test_cases_cover_every_row():
         "domain-adversarial loss 4096+4096",
         "DANN step 64+64 images 28×28",
         "Deep CORAL step 64+64 images 28×28",
+        "MAML sinusoid, 25 tasks, K 10, one step",
+        "MAML sinusoid, 25 tasks, K 10, one step, compile=True",
+        "1000 episodes 5-way 5-shot Q 75 D 640 evaluated",
     }
     assert {case.name for case in GPU_CASES} == {
         "coral 64×2048 GPU",
@@ -99,6 +102,15 @@ def test_wide_coral_memory_has_its_figure():
     assert records.outcome(case, figure, {"sides": {"fused": {"reason": "wrong"}}})["reached"] is None
 
 
+@pytest.mark.parametrize(("seconds", "threads", "reached"), [(0.05, 2, True), (0.07, 2, False), (0.05, 1, None)])
+def test_seconds_are_those_of_two_cores(seconds, threads, reached):
+    (case,) = (case for case in CPU_CASES if case.name.startswith("1000 episodes"))
+    (figure,) = (figure for figure in case.figures if figure.quantity == "seconds")
+    row = {"threads": threads, "sides": {"fused": {"times": {"forward": {"median": seconds}}}}}
+    assert str(figure) == "seconds on two cores ≤ 0.06"
+    assert records.outcome(case, figure, row)["reached"] is reached
+
+
 def test_the_sweep_doubles_the_features_at_32_samples():
     (sweep,) = SWEEPS
     assert [case.sizes for case in sweep.cases] == [
@@ -131,7 +143,8 @@ def test_every_eager_side_is_right_at_tiny_sizes(case):
     arguments = tiny.arguments()
     for name in side_names(tiny):
         side = make_side(tiny, name)
-        if not name.endswith(" compiled") and isinstance(side, Side):
+        compiles = name.endswith(" compiled") or (name, case.op) == ("fused", "compiled_maml_step")
+        if not compiles and isinstance(side, Side):
             verdict = Check(tiny, arguments, truth=side.truth).judge(side)
             assert verdict.wrong is None, f"{name}: {verdict.wrong}"
             assert verdict.errors

@@ -10,7 +10,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readme_has_an_example_for_each_family():
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -25,4 +25,7 @@ def test_example(number):
     else:
         leaves = [x.grad for x in names.values() if getattr(x, "is_leaf", False) and x.requires_grad]
         results = leaves if "backward()" in text else [names["distance"]]
+        if "evaluate_episodes" in text:
+            assert names["accuracy"].mean > 0.8 and len(names["answers"]) == 800
+            results = [x.grad for key in ("network", "maml") for x in names[key].parameters()]
         assert results and all(result.isfinite().all() and result.abs().sum() > 0 for result in results)

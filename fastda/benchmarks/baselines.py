@@ -19,6 +19,7 @@ from torch import Tensor
 import fastda
 from fastda import backend, reference
 
+from . import fewshot
 from .cases import Case
 from .peers import PEERS, PeerMissing
 from .training_steps import STEPS, dann_step, task_step
@@ -190,6 +191,8 @@ YARDSTICKS = {
 
 def side_names(case: Case) -> list[str]:
     """The names of all sides of a case, those that will turn out absent included; no peer is imported."""
+    if case.op in fewshot.SIDES:
+        return list(fewshot.SIDES[case.op])
     names = [FUSED, "reference", "reference compiled", "careful", "careful compiled"]
     return names + list(YARDSTICKS.get(case.op, {})) + list(PEERS.get(case.op, {}))
 
@@ -201,11 +204,18 @@ def op_of(module: ModuleType, name: str) -> Callable:
 
 def formula(case: Case) -> Callable:
     """The reference, or careful code where the reference's differences do not fit into memory."""
+    if case.op in fewshot.SIDES:
+        return fewshot.SIDES[case.op]["reference"]()
     return CAREFUL[case.op] if case.beyond_reference else op_of(reference, case.op)
 
 
 def make_side(case: Case, name: str) -> Side | Absent:
     """The side of that name, or why it is absent. A compiled side compiles at its first call."""
+    if case.op in fewshot.SIDES:
+        try:
+            return Side(name, fewshot.SIDES[case.op][name](), is_peer=name in fewshot.PEER_SIDES)
+        except PeerMissing as missing:
+            return Absent(name, str(missing))
     yardsticks = YARDSTICKS.get(case.op, {})
     if name in yardsticks:
         return yardsticks[name]

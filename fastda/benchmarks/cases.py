@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import training_steps
+from . import fewshot, training_steps
 
 FORMULA = ("reference", "reference compiled")
 BY_HAND = ("careful", "careful compiled")
@@ -24,8 +24,8 @@ class Figure:
 
     `quantity` is "speed" (time of the fastest side of `against`, every baseline by default, over the time of the fused
     op; at least `bound`), "memory" (bytes beyond arguments and results over those of the queries × classes matrix; at
-    most `bound`), "megabytes" (millions of those bytes; at most `bound`) or "limit" (share of the machine's limit; at
-    least `bound`).
+    most `bound`), "megabytes" (millions of those bytes; at most `bound`), "seconds" (of the fused op on two cores
+    or more; at most `bound`) or "limit" (share of the machine's limit; at least `bound`).
     """
 
     bound: float
@@ -37,6 +37,8 @@ class Figure:
             return f"extra memory ≤ {self.bound:.0%} of the Q×C matrix"
         if self.quantity == "megabytes":
             return f"extra memory, MB ≤ {self.bound:g}"
+        if self.quantity == "seconds":
+            return f"seconds on two cores ≤ {self.bound:g}"
         if self.quantity == "limit":
             return f"≥ {self.bound:.0%} of the limit"
         return f"≥ {self.bound:g} × {' / '.join(self.against) if self.against else 'best baseline'}"
@@ -215,6 +217,22 @@ def _training_step(sizes, normal, labels) -> tuple:
     return (*images, labels(sizes["classes"], 2 * sizes["samples"]), *training_steps.parameters(sizes, normal))
 
 
+def _maml(sizes, normal, labels) -> tuple:
+    """Sine curves would need more than normal numbers; curves of any shape cost the same."""
+    shape = sizes["tasks"], sizes["shots"], 1
+    return (*(normal(*shape) for _ in range(4)), *fewshot.parameters(sizes, normal))
+
+
+def _episodes_with_classes(sizes, normal, labels) -> tuple:
+    """Episodes whose classes lie so far apart that most queries are answered rightly."""
+    support, support_labels, queries, query_labels, num_classes = _episode(sizes, normal, labels)
+    centres = 0.25 * normal(sizes["episodes"], num_classes, sizes["features"]) * sizes["features"] ** -0.25
+    each = [
+        x + centres.gather(1, y.unsqueeze(-1).expand(x.shape)) for x, y in ((support, support_labels), (queries, query_labels))
+    ]
+    return each[0], support_labels, each[1], query_labels
+
+
 # Work. A product is counted once forward and twice backward; of a symmetric matrix only half is counted.
 
 
@@ -284,6 +302,20 @@ def _training_step_work(sizes, itemsize) -> Work:
     return Work(images * (4 * convolution + 6 * rest), 2 * images * pixels * itemsize)
 
 
+def _maml_work(sizes, itemsize) -> Work:
+    """Of each task, the products of both passes and of the second derivative: ten times the network's, by their formulas."""
+    points = sizes["tasks"] * sizes["shots"]
+    products = 2 * points * (fewshot.HIDDEN**2 + 2 * fewshot.HIDDEN)
+    return Work(10 * products, 4 * points * itemsize)
+
+
+def _evaluation_work(sizes, itemsize) -> Work:
+    """Support and queries are read, once; one product."""
+    rows = sizes["episodes"] * (sizes["classes"] * sizes["shots"] + sizes["queries"])
+    flops = 2 * sizes["episodes"] * sizes["queries"] * sizes["classes"] * sizes["features"]
+    return Work(flops, rows * sizes["features"] * itemsize)
+
+
 def _domain_loss_work(sizes, itemsize) -> Work:
     """Logits are read, gradients written; a dozen operations a logit."""
     return Work(2 * 12 * sizes["samples"], 2 * 2 * sizes["samples"] * itemsize)
@@ -351,6 +383,12 @@ def _step(label: str, op: str, *figures: Figure) -> Case:
     return _case(label, "training", op, sizes, _training_step, _training_step_work, figures, constants=(0, 1))
 
 
+def _maml_step(op: str, end: str, *figures: Figure) -> Case:
+    sizes = {"tasks": 25, "shots": 10}
+    label = "MAML sinusoid, {tasks} tasks, K {shots}, one step" + end
+    return _case(label, "fewshot", op, sizes, _maml, _maml_work, figures, differentiable=False, phase="forward")
+
+
 _WIDE = (Figure(3, FORMULA), Figure(1.6, BY_HAND))
 _LAUNCH_BOUND = (Figure(2, ("reference compiled",)), Figure(5, ("reference",)))
 
@@ -412,6 +450,19 @@ CPU_CASES = (
     _domain_loss(4096, Figure(1.8)),
     _step("DANN step", "dann_step", Figure(0.99, ("no reversal",)), Figure(0.97, ("task loss alone",))),
     _step("Deep CORAL step", "deep_coral_step", Figure(0.97, ("task loss alone",))),
+    _maml_step("maml_step", "", Figure(7, ("learn2learn",))),
+    _maml_step("compiled_maml_step", ", compile=True", Figure(30, ("learn2learn",))),
+    _case(
+        "{episodes} episodes {classes}-way {shots}-shot Q {queries} D {features} evaluated",
+        "fewshot",
+        "evaluated_episodes",
+        {"episodes": 1000, "classes": 5, "shots": 5, "queries": 75, "features": 640},
+        _episodes_with_classes,
+        _evaluation_work,
+        (Figure(1.5, ("careful",)), Figure(0.06, quantity="seconds")),
+        differentiable=False,
+        phase="forward",
+    ),
 )
 
 GPU_CASES = (
@@ -463,7 +514,7 @@ SWEEPS = (
     ),
 )
 
-TOPICS = ("coral", "covariance", "prototypes", "gradient_reversal", "domain_loss", "training")
+TOPICS = ("coral", "covariance", "prototypes", "gradient_reversal", "domain_loss", "training", "fewshot")
 
 
 def select(patterns: Sequence[str] = (), device: str = "cpu") -> tuple[list[Case], list[Sweep]]:

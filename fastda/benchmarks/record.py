@@ -131,6 +131,9 @@ def outcome(case: Case, figure: Figure, row: dict) -> dict:
     elif figure.quantity == "megabytes":
         if "memory" in row["sides"][FUSED]:
             value = row["sides"][FUSED]["memory"]["extra"] / 1e6
+    elif figure.quantity == "seconds":
+        if "times" in row["sides"][FUSED] and row["threads"] > 1:  # of two cores
+            value = row["sides"][FUSED]["times"][case.phase]["median"]
     elif figure.quantity == "limit":
         value = row.get("share_of_limit")
     return judged(figure, value)
@@ -139,7 +142,8 @@ def outcome(case: Case, figure: Figure, row: dict) -> dict:
 def judged(figure: Figure, value: float | None) -> dict:
     reached = None
     if value is not None:
-        reached = value <= figure.bound if figure.quantity in ("memory", "megabytes") else value >= figure.bound
+        at_most = figure.quantity in ("memory", "megabytes", "seconds")
+        reached = value <= figure.bound if at_most else value >= figure.bound
     return {"figure": str(figure), "bound": figure.bound, "value": value, "reached": reached}
 
 
