@@ -1,4 +1,4 @@
-"""What methods, training and finetuning offer: documented, with examples that run."""
+"""What methods, training, finetuning and fewshot offer: documented, with examples that run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("methods", "training", "finetuning")
+MODULES = ("methods", "training", "finetuning", "fewshot")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES
@@ -18,7 +18,8 @@ CALLABLES = [
     parameter for parameter in PUBLIC if inspect.isclass(parameter.values[0]) or inspect.isfunction(parameter.values[0])
 ]
 # What a method's example shows, or what comes out of a function whose example shows it.
-WITHOUT_EXAMPLE = {"Term", "Passed", "CORALTerm", "DomainAdversarialTerm", "Layer", "Evaluation", "Fit", "predict"}
+RESULTS = {"Passed", "Layer", "Evaluation", "Fit", "Episode", "EpisodeAccuracy"}
+WITHOUT_EXAMPLE = {"Term", "CORALTerm", "DomainAdversarialTerm", "predict", *RESULTS}
 
 
 @pytest.mark.parametrize("thing", CALLABLES)
@@ -26,7 +27,7 @@ def test_documented(thing):
     """Each argument is described, but for those that are another's and said to be so."""
     text = inspect.getdoc(thing)
     assert len(text) > 40
-    if thing.__name__ in {"Passed", "Layer", "Evaluation", "Fit"}:
+    if thing.__name__ in RESULTS:
         return
     for name, parameter in inspect.signature(thing).parameters.items():
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:

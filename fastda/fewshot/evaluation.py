@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..intervals import interval
+from ..nn.modes import evaluating
 from ..progress import progress_bar
 from ..reference.checks import describe, number, tensor
 from .episodes import Episode
-from .prototypical import evaluating
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..files import write_atomically
+from ..nn.modes import evaluating
 from ..nn.outputs import as_tensor
 from ..reference import checks
 from ..reference.prototypes import METRICS
@@ -348,15 +347,3 @@ def _count(labels: Tensor, num_classes: int | None) -> int:
     if num_classes is None and labels.numel() == 0:
         raise ValueError("num_classes: expected a number where there is no support to read it off, got None; pass it")
     return int(labels.max()) + 1 if num_classes is None else num_classes
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module and all below it in evaluation mode, and then as they were."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

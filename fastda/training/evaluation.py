@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods.method import Method
 from ..methods.networks import call
+from ..nn.modes import evaluating
 from ..nn.outputs import as_tensor
 from ..reference import checks
 from . import random_states
@@ -70,20 +71,16 @@ def predict(
     checks.option("precision", precision, tuple(PRECISIONS))
     check_loader("loader", loader)
     device = as_device(device or next((p.device for p in model.parameters()), "cpu"))
-    modes, logits, labels = {module: module.training for module in model.modules()}, [], []
-    model.eval()
-    try:
-        with torch.no_grad(), random_states.unchanged(generators_of(loader)), autocast(device, precision):
-            for batch in loader:
-                inputs, known = unpack("loader", batch)
-                inputs = to_device(inputs, device)
-                method = isinstance(getattr(model, "_orig_mod", model), Method)  # compiled, or as it is
-                output = model(inputs) if method else call(model, inputs)
-                logits.append(as_tensor("model", output).float().cpu())
-                labels.append(torch.full(logits[-1].shape[:1], UNKNOWN) if known is None else known.cpu())
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    logits, labels = [], []
+    unchanged = random_states.unchanged(generators_of(loader))
+    with evaluating(model), torch.no_grad(), unchanged, autocast(device, precision):
+        for batch in loader:
+            inputs, known = unpack("loader", batch)
+            inputs = to_device(inputs, device)
+            method = isinstance(getattr(model, "_orig_mod", model), Method)  # compiled, or as it is
+            output = model(inputs) if method else call(model, inputs)
+            logits.append(as_tensor("model", output).float().cpu())
+            labels.append(torch.full(logits[-1].shape[:1], UNKNOWN) if known is None else known.cpu())
     if not logits:
         raise ValueError("loader: expected at least one batch, got none; give it data, or drop_last=False")
     return torch.cat(logits), torch.cat(labels)
