@@ -19,7 +19,9 @@ def draw(learners: dict, errors: dict, tasks: NewTasks) -> Figure:
     figure = Figure(figsize=(15, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     fits, curve = figure.subfigures(1, 2, width_ratios=[3, 1.5])
-    rows = fits.subplots(len(FITTED), len(CURVES), sharex=True, sharey="col")
+    rows = fits.subplots(len(FITTED), len(CURVES), sharex=True, sharey=True)
+    height = 1.4 * float(tasks.query_values[list(CURVES)].abs().max())  # a fit that diverges leaves the panel
+    rows[0][0].set_ylim(-height, height)
     for axes, method in zip(rows, FITTED):
         predictions = {
             steps: learners[method].predict(
@@ -50,8 +52,6 @@ def draw_fit(axes: Axes, method: str, number: int, predictions: dict, tasks: New
     )
     for steps, style, label in LINES:
         axes.plot(x, predictions[steps][number, :, 0], style, color=COLOURS[method], linewidth=1.6, label=label)
-    height = 1.4 * float(tasks.query_values[number].abs().max())  # a fit that diverges leaves the panel
-    axes.set_ylim(-height, height)
     axes.grid(alpha=0.2)
 
 
