@@ -168,7 +168,13 @@ class InnerLoop(nn.Module):
         """The gradients of the loss for the adapted parameters, and the loss."""
         if first_order:
             fast, fixed = ({name: x.detach() for name, x in part.items()} for part in (fast, fixed))
-        return grad_and_value(lambda fast: self.task_loss({**fixed, **fast}, *samples))(fast)
+
+        def loss(*values: Tensor) -> Tensor:
+            return self.task_loss({**fixed, **dict(zip(fast, values))}, *samples)
+
+        # As a tuple, which torch.func takes apart faster than a dictionary.
+        gradients, value = grad_and_value(loss, argnums=tuple(range(len(fast))))(*fast.values())
+        return dict(zip(fast, gradients)), value
 
     # All tasks
 

@@ -153,14 +153,17 @@ class MAML(InnerLoop):
     def _gradients_and_loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
         """The sums over tasks of the gradients for parameters and learned rates, and of the meta-loss."""
 
-        def one(*task: Tensor) -> tuple:
-            if self.inner_rates is None:
-                return grad_and_value(lambda parameters: self.query_loss(parameters, rates, *task))(parameters)
-            return grad_and_value(lambda both: self.query_loss(*both, *task))((parameters, rates))
+        leaves = [*parameters.values(), *(rates.values() if self.inner_rates is not None else ())]
+
+        def one(*task: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            def loss(*values: Tensor) -> Tensor:
+                learned = rates if self.inner_rates is None else dict(zip(rates, values[len(parameters) :]))
+                return self.query_loss(dict(zip(parameters, values)), learned, *task)
+
+            return grad_and_value(loss, argnums=tuple(range(len(leaves))))(*leaves)
 
         gradients, losses = vmap(one, randomness="different")(*tasks)
-        parts = [gradients] if self.inner_rates is None else gradients
-        return [x.sum(0) for part in parts for x in part.values()] + [losses.sum()]
+        return [x.sum(0) for x in gradients] + [losses.sum()]
 
     def query_loss(
         self,
