@@ -26,8 +26,17 @@ from .kernels import cpp, launchers
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 
 ADVERSARIAL = ("domain_adversarial_loss", "gradient_reversal", "gradient_reversal_fork", "gradient_reversal_linear")
+PROTOTYPES = (
+    "class_means",
+    "nearest_prototype",
+    "pairwise_distance",
+    "prototype_cross_entropy",
+    "prototype_log_softmax",
+    "prototype_softmax",
+    "prototypical_loss",
+)
 KERNELS = {
-    "cpp": ("coral_loss", "covariance", "deep_coral_loss", *ADVERSARIAL, "prototypical_loss"),
+    "cpp": (*ADVERSARIAL, "coral_loss", "covariance", "deep_coral_loss", *PROTOTYPES),
     "cuda": ADVERSARIAL,
     "triton": ("coral_loss", "covariance", "deep_coral_loss"),
 }

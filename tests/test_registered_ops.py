@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_under_test import METRICS, Draw, Sizes
+from ops_under_test import METRICS, REDUCTIONS, Draw, Sizes
 from tolerance import is_floating, random_like
 from torch import Tensor
 
@@ -65,24 +65,65 @@ def domain_adversarial_loss(sizes):
         yield source, target, source.abs() + 0.5, target.new_empty(0), len(sizes.batch), reduction
 
 
-def prototypical_loss(sizes):
+def temperature_of_each(draw):
+    return torch.full(draw.sizes.batch, 0.7, dtype=accumulate(torch.empty(0, dtype=draw.dtype)).dtype)
+
+
+def class_means(sizes):
+    for dtype, empty in zip(DTYPES, ("nan", "zero", "nan")):
+        draw = Draw(sizes, dtype)
+        yield draw.samples(sizes.samples), draw.labels(sizes.samples), sizes.classes, empty
+
+
+def queries_and_prototypes(sizes):
     for dtype, metric in zip(DTYPES, METRICS):
+        draw = Draw(sizes, dtype)
+        yield draw, draw.samples(sizes.others), draw.samples(sizes.classes), metric
+
+
+def pairwise_distance(sizes):
+    for _, queries, prototypes, metric in queries_and_prototypes(sizes):
+        yield queries, prototypes, metric
+
+
+def prototype_softmax(sizes):
+    for draw, queries, prototypes, metric in queries_and_prototypes(sizes):
+        yield queries, prototypes, temperature_of_each(draw), metric, draw.dtype == torch.float32
+
+
+def prototype_cross_entropy(sizes):
+    for (draw, queries, prototypes, metric), reduction in zip(queries_and_prototypes(sizes), REDUCTIONS):
+        targets = draw.labels(sizes.others)
+        yield queries, prototypes, temperature_of_each(draw), targets, 1, 0.1, metric, reduction
+
+
+def nearest_prototype(sizes):
+    for draw, queries, prototypes, metric in queries_and_prototypes(sizes):
+        yield queries, prototypes, 2, metric
+
+
+def prototypical_loss(sizes):
+    for dtype, metric, reduction in zip(DTYPES, METRICS, REDUCTIONS):
         draw = Draw(sizes, dtype)
         support, queries = draw.samples(sizes.samples), draw.samples(sizes.others)
         labels = draw.labels(sizes.samples), draw.labels(sizes.others)
-        temperature = torch.full(sizes.batch, 0.7, dtype=accumulate(support).dtype)
-        yield support, queries, temperature, *labels, sizes.classes, metric
+        yield support, queries, temperature_of_each(draw), *labels, sizes.classes, metric, reduction
 
 
 SAMPLES = {
     f.__name__: f
     for f in (
+        class_means,
         coral_layers,
         coral_loss,
         covariance,
         domain_adversarial_loss,
         gradient_reversal,
         gradient_reversal_fork_backward,
+        nearest_prototype,
+        pairwise_distance,
+        prototype_cross_entropy,
+        prototype_softmax,
         prototypical_loss,
     )
 }
@@ -148,11 +189,31 @@ def test_a_direct_call_of_the_prototypical_loss_is_checked():
         ({3: labels[:1]}, "support_labels: expected 3 elements"),
         ({4: labels[:1]}, "query_labels: expected 3 elements"),
         ({4: labels.int()}, "labels: expected int64"),
+        ({3: labels + 2}, "support_labels: expected labels in 0 ... 1"),
         ({2: torch.ones(2)}, "temperature: expected 1 elements"),
         ({1: torch.ones(3, 6)}, "queries: expected the batch dimensions and features"),
         ({5: 0}, "num_classes: expected at least 1"),
         ({6: "l1"}, "metric: expected 'sqeuclidean'"),
+        ({7: "median"}, "reduction: expected 'none'"),
     ):
-        arguments = dict(enumerate((features, features, temperature, labels, labels, 2, "cosine"))) | changed
-        with pytest.raises((TypeError, ValueError), match=message):
+        arguments = dict(enumerate((features, features, temperature, labels, labels, 2, "cosine", "mean"))) | changed
+        with pytest.raises((TypeError, ValueError, IndexError), match=message):
             torch.ops.fastda.prototypical_loss(*arguments.values())
+
+
+def test_direct_calls_of_the_other_prototype_ops_are_checked():
+    features, labels, temperature = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64), torch.tensor(1.0)
+    softmax, cross_entropy = (features, features, temperature, "cosine", True), (features, features, temperature, labels)
+    for name, arguments, message in (
+        ("class_means", (features, labels[:1], 2, "nan"), "labels: expected 3 elements"),
+        ("class_means", (features, labels, 2, "none"), "empty: expected 'nan' or 'zero'"),
+        ("pairwise_distance", (features, torch.ones(3, 6), "cosine"), "prototypes: expected the batch dimensions"),
+        ("pairwise_distance", (features, features.double(), "cosine"), "prototypes: expected the dtype of queries"),
+        ("prototype_softmax", (*softmax[:3], "l1", True), "metric: expected 'sqeuclidean'"),
+        ("prototype_softmax", (*softmax[:2], torch.ones(2), *softmax[3:]), "temperature: expected 1 elements"),
+        ("prototype_cross_entropy", (*cross_entropy, 1, 0.0, "cosine", "median"), "reduction: expected 'none'"),
+        ("prototype_cross_entropy", (*cross_entropy[:3], labels + 3, 1, 0.0, "cosine", "sum"), "targets: .* got 3;"),
+        ("nearest_prototype", (features, features, 4, "cosine"), "k: expected 1 ... 3"),
+    ):
+        with pytest.raises((TypeError, ValueError, IndexError), match=message):
+            getattr(torch.ops.fastda, name)(*arguments)

@@ -1,330 +1,267 @@
-// The prototypical loss of a batch of episodes: class means, distances, softmax and loss, and the gradients of all three.
+// Class means, and the prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries,
+// the gradients in two more from the weights that the first leaves behind.
 #include "../autograd.h"
 #include "../common.h"
 
 #include <ATen/ops/empty.h>
 
 #include <tuple>
+#include <utility>
+
+#include "metric.h"
 
 #define FASTDA_LOOPS "prototypes_loops.h"
 #include "for_each_isa.h"
 
+#include "prototypes.h"
+
 namespace fastda {
 namespace {
 
-using at::Tensor;
-
-enum class Metric { sqeuclidean, euclidean, cosine };
-
-Metric metric_of(c10::string_view name) {
-  if (name == "sqeuclidean") return Metric::sqeuclidean;
-  if (name == "euclidean") return Metric::euclidean;
-  TORCH_CHECK_VALUE(name == "cosine", "metric: expected 'sqeuclidean', 'euclidean' or 'cosine', got '", name, "'");
-  return Metric::cosine;
-}
-
-struct Sizes {
-  int64_t batch, support, queries, classes, features;
-};
-
-// The support samples of each class of each episode, in order: members[b, starts[b, c] ... starts[b, c + 1]].
-struct Members {
-  std::vector<int64_t> starts, members;
-  const int64_t* of(const Sizes& n, int64_t b, int64_t c) const { return &members[b * n.support + starts[b * (n.classes + 1) + c]]; }
-  int64_t count(const Sizes& n, int64_t b, int64_t c) const {
-    const int64_t* start = &starts[b * (n.classes + 1) + c];
-    return start[1] - start[0];
-  }
-};
-
-void check_label(const char* name, int64_t label, int64_t classes) {
-  TORCH_CHECK_INDEX(label >= 0 && label < classes, name, ": expected labels in 0 ... ", classes - 1, " (num_classes - 1), got ",
-                    label, "; relabel the classes or raise num_classes");
-}
-
-Members members_of(const int64_t* labels, const Sizes& n) {
-  Members result;
-  result.starts.assign(n.batch * (n.classes + 1), 0);
-  result.members.resize(n.batch * n.support + 1);  // never empty, so that of() may point at its end
-  std::vector<int64_t> next(n.classes);
-  for (int64_t b = 0; b < n.batch; ++b) {
-    int64_t* start = &result.starts[b * (n.classes + 1)];
-    for (int64_t s = 0; s < n.support; ++s) {
-      check_label("support_labels", labels[b * n.support + s], n.classes);
-      ++start[labels[b * n.support + s] + 1];
+// The samples of each class, in their order: of(c) ... of(c) + count(c).
+class Members {
+ public:
+  Members(const char* name, const int64_t* labels, int64_t samples, int64_t classes) : starts_(classes + 1), members_(samples) {
+    for (int64_t s = 0; s < samples; ++s) {
+      check_label(name, labels[s], classes);
+      ++starts_[labels[s] + 1];
     }
-    for (int64_t c = 0; c < n.classes; ++c) start[c + 1] += start[c];
-    std::copy(start, start + n.classes, next.begin());
-    for (int64_t s = 0; s < n.support; ++s) result.members[b * n.support + next[labels[b * n.support + s]]++] = s;
+    for (int64_t c = 0; c < classes; ++c) starts_[c + 1] += starts_[c];
+    std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
+    for (int64_t s = 0; s < samples; ++s) members_[next[labels[s]]++] = s;
   }
-  return result;
-}
+  const int64_t* of(int64_t c) const { return members_.data() + starts_[c]; }
+  int64_t count(int64_t c) const { return starts_[c + 1] - starts_[c]; }
 
+ private:
+  std::vector<int64_t> starts_, members_;
+};
+
+// Means of the rows of x (dense, `features` wide), `absent` for a class without any, and the classes' counts.
 template <typename T>
-bool all_nan(const T* x, int64_t count) {
-  return count > 0 && std::all_of(x, x + count, [](T value) { return std::isnan(value); });
+void find_means(const Members& members, const T* x, int64_t samples, int64_t classes, int64_t features, T absent, T* means,
+                int64_t* counts) {
+  const int64_t work = samples * features / std::max<int64_t>(classes, 1);
+  at::parallel_for(0, classes, thread_grain(work * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      T* mean = means + c * features;
+      counts[c] = members.count(c);
+      if (counts[c] == 0) {
+        std::fill(mean, mean + features, absent);
+      } else {
+        FASTDA_RUN(mean_of_rows(x, features, members.of(c), counts[c], features, mean));
+      }
+    }
+  });
 }
 
 // (batch, rows, features) in the accumulation dtype, dense.
-Tensor rows_of(const Tensor& x, at::ScalarType dtype, int64_t batch) {
-  return x.to(dtype).reshape({batch, x.size(-2), x.size(-1)}).contiguous();
+Tensor rows_of(const Tensor& x, int64_t batch) {
+  return x.to(accumulate_type(x.scalar_type())).reshape({batch, x.size(-2), x.size(-1)}).contiguous();
 }
 
-// The points that distances are taken between: the features themselves, or for the cosine their directions.
-template <typename T>
-struct Points {
-  Points(const Tensor& x, Metric metric) : tensor(x), points(x.const_data_ptr<T>()), features(x.size(2)) {
-    if (metric != Metric::cosine) return;
-    tensor = at::empty_like(x);
-    norms.resize(x.size(0) * x.size(1));
-    T* to = tensor.mutable_data_ptr<T>();
-    at::parallel_for(0, static_cast<int64_t>(norms.size()), grain(features), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        FASTDA_RUN(direction<T>(points + i * features, features, to + i * features, &norms[i]));
+std::tuple<Tensor, Tensor> class_means(const Tensor& support, const Tensor& labels, int64_t num_classes,
+                                       c10::string_view empty) {
+  const KernelGuard guard;
+  check_features("support", support);
+  const int64_t batch = batch_size(support, 2), samples = support.size(-2), features = support.size(-1);
+  check_labels("labels", labels, batch * samples);
+  TORCH_CHECK_VALUE(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
+  TORCH_CHECK_VALUE(empty == "nan" || empty == "zero", "empty: expected 'nan' or 'zero', got '", empty, "'");
+  const auto options = support.options().dtype(accumulate_type(support.scalar_type()));
+  const Tensor means = at::empty(batched(support, 2, {num_classes, features}), options);
+  const Tensor counts = at::empty(batched(support, 2, {num_classes}), labels.options());
+  const Tensor x = rows_of(support, batch), label = labels.contiguous();
+  accumulate_as(support, [&](auto zero) {
+    using T = decltype(zero);
+    const T absent = empty == "zero" ? T(0) : std::numeric_limits<T>::quiet_NaN();
+    for_batch(batch, [&](int64_t b) {
+      const Members members("labels", label.const_data_ptr<int64_t>() + b * samples, samples, num_classes);
+      find_means(members, x.const_data_ptr<T>() + b * samples * features, samples, num_classes, features, absent,
+                 data<T>(means) + b * num_classes * features, data<int64_t>(counts) + b * num_classes);
+    });
+  });
+  return {means, counts};
+}
+
+Tensor class_means_backward(const Tensor& grad_means, const Tensor& support, const Tensor& labels, const Tensor& counts,
+                            int64_t num_classes, c10::string_view, bool need_support) {
+  const KernelGuard guard;
+  check_features("support", support);
+  const int64_t batch = batch_size(support, 2), samples = support.size(-2), features = support.size(-1);
+  check_labels("labels", labels, batch * samples);
+  check_count("counts", counts, batch * num_classes);
+  check_count("grad_means", grad_means, batch * num_classes * features);
+  if (!need_support) return at::empty({0}, support.options());
+  const auto dtype = accumulate_type(support.scalar_type());
+  const Tensor result = at::empty(support.sizes(), support.options().dtype(dtype));
+  const Tensor grad = grad_means.to(dtype).contiguous(), label = labels.contiguous(), count = counts.contiguous();
+  const int64_t *label_of = label.const_data_ptr<int64_t>(), *count_of = count.const_data_ptr<int64_t>();
+  accumulate_as(support, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = grad.const_data_ptr<T>();
+    T* to = data<T>(result);
+    at::parallel_for(0, batch * samples, grain(features), [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        check_label("labels", label_of[s], num_classes);
+        const int64_t c = s / samples * num_classes + label_of[s];
+        FASTDA_RUN(divide(from + c * features, static_cast<T>(count_of[c]), features, to + s * features));
       }
     });
-    points = to;
-  }
-  const T* row(int64_t i) const { return points + i * features; }
+  });
+  return result.to(support.scalar_type());
+}
 
-  Tensor tensor;
-  const T* points;
-  int64_t features;
-  std::vector<T> norms;
+struct Episodes {
+  int64_t batch, support, queries, classes, features;
+  Metric metric;
+  bool reduces, mean;  // over the queries of an episode
+
+  double share() const { return mean ? 1.0 / static_cast<double>(queries) : 1.0; }
 };
 
-template <typename T>
-void distances_to(const T* query, const T* prototypes, Metric metric, int64_t classes, int64_t features, T* out) {
-  if (metric == Metric::cosine) {
-    FASTDA_RUN(products<T>(query, prototypes, classes, features, out));
-    for (int64_t c = 0; c < classes; ++c) {
-      const T distance = 1 - out[c];
-      out[c] = distance < 0 ? T(0) : distance > 2 ? T(2) : distance;
-    }
-    return;
-  }
-  FASTDA_RUN(squared_distances<T>(query, prototypes, classes, features, out));
-  if (metric == Metric::euclidean) {
-    for (int64_t c = 0; c < classes; ++c) out[c] = std::sqrt(out[c]);
-  }
-}
-
-// Log of the sum of the exponentials of −d/T over the classes that are not empty, less the largest term.
-template <typename T>
-struct Normaliser {
-  Normaliser(const T* distances, const uint8_t* empty, int64_t classes, T temperature) : temperature(temperature) {
-    for (int64_t c = 0; c < classes; ++c) {
-      if (!empty[c]) largest = std::max(largest, -distances[c] / temperature);
-    }
-    T sum = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-      if (!empty[c]) sum += std::exp(-distances[c] / temperature - largest);
-    }
-    // Nothing to normalise: every class is empty or infinitely far.
-    log_sum = std::isinf(largest) ? std::numeric_limits<T>::quiet_NaN() : std::log(sum);
-  }
-  T log_probability(T distance) const { return -distance / temperature - largest - log_sum; }
-
-  T temperature, largest = -std::numeric_limits<T>::infinity(), log_sum;
-};
-
-template <typename T>
-std::vector<uint8_t> empty_classes(const Tensor& prototypes, const Sizes& n) {
-  std::vector<uint8_t> empty(n.batch * n.classes);
-  const T* p = prototypes.const_data_ptr<T>();
-  for (size_t i = 0; i < empty.size(); ++i) empty[i] = all_nan(p + i * n.features, n.features);
-  return empty;
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                                           const Tensor& support_labels, const Tensor& query_labels, const Sizes& n,
-                                           Metric metric) {
-  const auto dtype = accumulate_type(support.scalar_type());
-  const auto options = support.options().dtype(dtype);
-  const Tensor s = rows_of(support, dtype, n.batch), q = rows_of(queries, dtype, n.batch);
-  const Tensor t = temperature.to(dtype).reshape({n.batch}).contiguous(), query_label = query_labels.contiguous();
-  const Tensor support_label = support_labels.contiguous();
-  Tensor prototypes = at::empty({n.batch, n.classes, n.features}, options);  // first: refuses an absurd number of classes
-  const Members members = members_of(support_label.const_data_ptr<int64_t>(), n);
-  T* p = prototypes.mutable_data_ptr<T>();
-  const T* x = s.const_data_ptr<T>();
-  at::parallel_for(0, n.batch * n.classes, grain(n.support * n.features / n.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / n.classes, c = i % n.classes, count = members.count(n, b, c);
-      T* mean = p + i * n.features;
-      FASTDA_RUN(sum_rows<T>(x + b * n.support * n.features, n.features, members.of(n, b, c), count, n.features, mean));
-      for (int64_t d = 0; d < n.features; ++d) mean[d] /= static_cast<T>(count);  // 0/0: NaN marks the empty class
-    }
-  });
-
-  const std::vector<uint8_t> empty = empty_classes<T>(prototypes, n);
-  const Points<T> from(q, metric), to(prototypes, metric);
-  Tensor losses = at::empty({n.batch, n.queries}, options), distances = at::empty({n.batch, n.queries, n.classes}, options);
-  T *loss = losses.mutable_data_ptr<T>(), *distance = distances.mutable_data_ptr<T>();
-  const T* temperatures = t.const_data_ptr<T>();
-  const int64_t* labels = query_label.const_data_ptr<int64_t>();
-  at::parallel_for(0, n.batch * n.queries, grain(2 * n.classes * n.features), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / n.queries, label = labels[i];
-      check_label("query_labels", label, n.classes);
-      T* row = distance + i * n.classes;
-      distances_to(from.row(i), to.row(b * n.classes), metric, n.classes, n.features, row);
-      const uint8_t* absent = &empty[b * n.classes];
-      const Normaliser<T> softmax(row, absent, n.classes, temperatures[b]);
-      loss[i] = absent[label] ? std::numeric_limits<T>::infinity() : -softmax.log_probability(row[label]);
-      if (absent[label] && std::isnan(softmax.log_sum)) loss[i] = softmax.log_sum;
-    }
-  });
-  return {losses.reshape(batched(queries, 2, {n.queries})),
-          prototypes.reshape(batched(queries, 2, {n.classes, n.features})),
-          distances.reshape(batched(queries, 2, {n.queries, n.classes}))};
-}
-
-// ∂L/∂d for every query and class, as the weight of (q − p) or of the direction in the gradient; and ∂L/∂T of each query.
-template <typename T>
-void distance_weights(const T* distances, const uint8_t* empty, int64_t classes, int64_t label, T temperature, T grad,
-                      Metric metric, T* weights, T* temperature_grad) {
-  const Normaliser<T> softmax(distances, empty, classes, temperature);
-  T of_temperature = 0;
-  for (int64_t c = 0; c < classes; ++c) {
-    const T distance = distances[c];
-    if (empty[c]) {
-      weights[c] = 0;
-      continue;
-    }
-    const T of_logit = grad * (std::exp(softmax.log_probability(distance)) - (c == label ? T(1) : T(0)));
-    of_temperature += of_logit * distance / (temperature * temperature);
-    const T of_distance = -of_logit / temperature;
-    switch (metric) {
-      case Metric::sqeuclidean: weights[c] = 2 * of_distance; break;
-      case Metric::euclidean: weights[c] = distance == 0 ? T(0) : of_distance / distance; break;
-      case Metric::cosine: weights[c] = -of_distance;
-    }
-  }
-  *temperature_grad = of_temperature;
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& support, const Tensor& queries,
-                                            const Tensor& temperature, const Tensor& support_labels,
-                                            const Tensor& query_labels, const Tensor& prototypes, const Tensor& distances,
-                                            const Sizes& n, Metric metric, bool need_support, bool need_queries,
-                                            bool need_temperature) {
-  const auto dtype = accumulate_type(support.scalar_type());
-  const auto options = support.options().dtype(dtype);
-  const Tensor q = rows_of(queries, dtype, n.batch), p = rows_of(prototypes, dtype, n.batch);
-  const Tensor d = rows_of(distances, dtype, n.batch), t = temperature.to(dtype).reshape({n.batch}).contiguous();
-  const Tensor g = grad.to(dtype).reshape({n.batch, n.queries}).contiguous();
-  const Tensor query_label = query_labels.contiguous(), support_label = support_labels.contiguous();
-  const std::vector<uint8_t> empty = empty_classes<T>(p, n);
-  const Points<T> from(q, metric), to(p, metric);
-  const bool cosine = metric == Metric::cosine;
-
-  Tensor weights = at::empty({n.batch, n.queries, n.classes}, options);
-  Tensor temperature_grads = at::empty({n.batch, n.queries}, options);
-  Tensor grad_queries = at::empty({need_queries ? n.batch : 0, n.queries, n.features}, options);
-  Tensor grad_support = at::empty({need_support ? n.batch : 0, n.support, n.features}, options);
-  T *weight = weights.mutable_data_ptr<T>(), *of_temperature = temperature_grads.mutable_data_ptr<T>();
-  T *of_query = grad_queries.mutable_data_ptr<T>(), *of_support = grad_support.mutable_data_ptr<T>();
-  const T *incoming = g.const_data_ptr<T>(), *distance = d.const_data_ptr<T>(), *temperatures = t.const_data_ptr<T>();
-  const int64_t* labels = query_label.const_data_ptr<int64_t>();
-
-  at::parallel_for(0, n.batch * n.queries, grain(2 * n.classes * n.features), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / n.queries;
-      distance_weights(distance + i * n.classes, &empty[b * n.classes], n.classes, labels[i], temperatures[b], incoming[i],
-                       metric, weight + i * n.classes, of_temperature + i);
-      if (!need_queries) continue;
-      T* out = of_query + i * n.features;
-      FASTDA_RUN(weighted_sum<T>(cosine ? nullptr : from.row(i), to.row(b * n.classes), weight + i * n.classes, 1, &empty[b * n.classes],
-                                 n.classes, n.features, out));
-      if (cosine) FASTDA_RUN(through_direction<T>(from.row(i), from.norms[i], n.features, out));
-    }
-  });
-
-  if (need_support) {
-    const Members members = members_of(support_label.const_data_ptr<int64_t>(), n);
-    at::parallel_for(0, n.batch * n.classes, grain(2 * n.queries * n.features), [&](int64_t begin, int64_t end) {
-      std::vector<T> of_prototype(n.features);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / n.classes, c = i % n.classes, count = members.count(n, b, c);
-        if (count == 0) continue;
-        if (empty[i]) {
-          std::fill(of_prototype.begin(), of_prototype.end(), T(0));
-        } else {
-          FASTDA_RUN(weighted_sum<T>(cosine ? nullptr : to.row(i), from.row(b * n.queries),
-                                     weight + b * n.queries * n.classes + c, n.classes, nullptr, n.queries,
-                                     n.features, of_prototype.data()));
-          if (cosine) FASTDA_RUN(through_direction<T>(to.row(i), to.norms[i], n.features, of_prototype.data()));
-        }
-        for (T& value : of_prototype) value /= static_cast<T>(count);
-        const int64_t* member = members.of(n, b, c);
-        for (int64_t m = 0; m < count; ++m) {
-          std::copy(of_prototype.begin(), of_prototype.end(), of_support + (b * n.support + member[m]) * n.features);
-        }
-      }
-    });
-  }
-
-  const auto finish = [](const Tensor& result, const Tensor& like, bool needed) {
-    return needed ? result.reshape(like.sizes()).to(like.scalar_type()) : at::empty({0}, like.options());
-  };
-  return {finish(grad_support, support, need_support), finish(grad_queries, queries, need_queries),
-          finish(need_temperature ? temperature_grads.sum(-1) : temperature_grads, temperature, need_temperature)};
-}
-
-Sizes sizes_of(const Tensor& support, const Tensor& queries, int64_t num_classes) {
-  TORCH_CHECK_VALUE(support.dim() >= 2 && queries.dim() >= 2, "support, queries: expected shape (..., samples, features)");
-  return {batch_size(support, 2), support.size(-2), queries.size(-2), num_classes, support.size(-1)};
-}
-
-void check(const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
-           const Tensor& query_labels, const Sizes& n) {
+Episodes episodes_of(const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
+                     const Tensor& query_labels, int64_t num_classes, c10::string_view metric, c10::string_view reduction) {
   check_features("support", support);
   check_features("queries", queries);
   check_same("queries", queries, "support", support);
-  TORCH_CHECK_VALUE(n.classes >= 1, "num_classes: expected at least 1, got ", n.classes);
-  check_count("temperature", temperature, n.batch);
-  check_count("support_labels", support_labels, n.batch * n.support);
-  check_count("query_labels", query_labels, n.batch * n.queries);
-  for (const Tensor& labels : {support_labels, query_labels}) {
-    TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "labels: expected int64, got ", labels.scalar_type());
-  }
+  TORCH_CHECK_VALUE(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
+  TORCH_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum",
+                    "reduction: expected 'none', 'mean' or 'sum', got '", reduction, "'");
+  const int64_t batch = batch_size(support, 2);
+  check_count("temperature", temperature, batch);
+  check_labels("support_labels", support_labels, batch * support.size(-2));
+  check_labels("query_labels", query_labels, batch * queries.size(-2));
+  return {batch, support.size(-2), queries.size(-2), num_classes, support.size(-1), metric_of(metric), reduction != "none",
+          reduction == "mean"};
 }
 
-std::tuple<Tensor, Tensor, Tensor> prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                                                     const Tensor& support_labels, const Tensor& query_labels,
-                                                     int64_t num_classes, c10::string_view metric) {
+using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Losses, weights and slopes of an episode whose distances stand in `weights`.
+template <typename T>
+void losses_of(const Points<T>& p, const Episodes& n, T temperature, const int64_t* labels, T* weights, T* losses, T* slopes) {
+  at::parallel_for(0, n.queries, thread_grain(n.classes * 32), [&](int64_t begin, int64_t end) {
+    std::vector<T> l(n.classes);
+    for (int64_t q = begin; q < end; ++q) {
+      T *row = weights + q * n.classes, largest = -std::numeric_limits<T>::infinity(), sum = 0;
+      FASTDA_RUN(logits(row, p.empty(), n.classes, temperature, l.data()));
+      FASTDA_RUN(join_softmax(l.data(), n.classes, &largest, &sum));
+      const T log_sum = log_of_sum(largest, sum);
+      losses[q] = -((l[labels[q]] - largest) - log_sum);
+      FASTDA_RUN(through_cross_entropy(l.data(), n.classes, largest, log_sum, T(1), T(0)));
+      l[labels[q]] -= 1;
+      slopes[q] = 0;
+      FASTDA_RUN(weights_from_logits(row, p.empty(), n.classes, n.metric, temperature, l.data(), slopes + q));
+    }
+  });
+}
+
+Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
+                          const Tensor& query_labels, int64_t num_classes, c10::string_view metric, c10::string_view reduction) {
   const KernelGuard guard;
-  const Sizes n = sizes_of(support, queries, num_classes);
-  check(support, queries, temperature, support_labels, query_labels, n);
-  const auto run = accumulate_type(support.scalar_type()) == at::kDouble ? &forward<double> : &forward<float>;
-  return run(support, queries, temperature, support_labels, query_labels, n, metric_of(metric));
+  const Episodes n = episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
+  const auto options = queries.options().dtype(accumulate_type(queries.scalar_type()));
+  const Tensor prototypes = at::empty(batched(queries, 2, {n.classes, n.features}), options);
+  const Tensor counts = at::empty(batched(queries, 2, {n.classes}), support_labels.options());
+  const Tensor weights = at::empty(batched(queries, 2, {n.queries, n.classes}), options);
+  const Tensor losses = at::empty(batched(queries, 2, {n.queries}), options);
+  const Tensor loss = n.reduces ? at::empty(batched(queries, 2, {}), options) : losses;
+  const Tensor slopes = at::empty(batched(queries, 2, {n.queries}), options);
+  const Tensor x = rows_of(support, n.batch), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor t = temperature.to(options.dtype()).reshape({n.batch}).contiguous();
+  const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
+  accumulate_as(queries, [&](auto zero) {
+    using T = decltype(zero);
+    for_batch(n.batch, [&](int64_t b) {
+      const int64_t* labels = query_label.const_data_ptr<int64_t>() + b * n.queries;
+      const Members members("support_labels", support_label.const_data_ptr<int64_t>() + b * n.support, n.support, n.classes);
+      for (int64_t i = 0; i < n.queries; ++i) check_label("query_labels", labels[i], n.classes);
+      find_means(members, x.const_data_ptr<T>() + b * n.support * n.features, n.support, n.classes, n.features,
+                 std::numeric_limits<T>::quiet_NaN(), data<T>(prototypes) + b * n.classes * n.features,
+                 data<int64_t>(counts) + b * n.classes);
+      const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
+      T *weight = data<T>(weights) + b * n.queries * n.classes, *each = data<T>(losses) + b * n.queries;
+      find_distances(from, {0, n.queries}, to, n.metric, weight, n.classes);
+      losses_of(to, n, t.const_data_ptr<T>()[b], labels, weight, each, data<T>(slopes) + b * n.queries);
+      if (!n.reduces) return;
+      double sum = 0;
+      for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(each[i]);
+      data<T>(loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
+    });
+  });
+  return {loss, prototypes, counts, weights, slopes};
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
-    const Tensor& grad_losses, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& distances,
-    int64_t num_classes, c10::string_view metric, bool need_support, bool need_queries, bool need_temperature) {
+    const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
+    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts, const Tensor& weights,
+    const Tensor& slopes, int64_t num_classes, c10::string_view metric, c10::string_view reduction, bool need_support,
+    bool need_queries, bool need_temperature) {
   const KernelGuard guard;
-  const Sizes n = sizes_of(support, queries, num_classes);
-  check(support, queries, temperature, support_labels, query_labels, n);
-  check_count("grad_losses", grad_losses, n.batch * n.queries);
+  const Episodes n = episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
+  const int64_t distances = n.queries * n.classes;
+  check_count("grad_loss", grad_loss, n.batch * (n.reduces ? 1 : n.queries));
   check_count("prototypes", prototypes, n.batch * n.classes * n.features);
-  check_count("distances", distances, n.batch * n.queries * n.classes);
-  const auto run = accumulate_type(support.scalar_type()) == at::kDouble ? &backward<double> : &backward<float>;
-  return run(grad_losses, support, queries, temperature, support_labels, query_labels, prototypes, distances, n,
-             metric_of(metric), need_support, need_queries, need_temperature);
+  check_count("counts", counts, n.batch * n.classes);
+  check_count("weights", weights, n.batch * distances);
+  check_count("slopes", slopes, n.batch * n.queries);
+  const auto dtype = accumulate_type(queries.scalar_type());
+  const Tensor of_support = empty_gradient(need_support, support.sizes(), support, dtype);
+  const Tensor of_queries = empty_gradient(need_queries, queries.sizes(), queries, dtype);
+  const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
+  const Tensor grad = grad_loss.to(dtype).contiguous(), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor w = weights.to(dtype).contiguous(), slope = slopes.to(dtype).contiguous(), count = counts.contiguous();
+  const Tensor label = support_labels.contiguous();
+  accumulate_as(queries, [&](auto zero) {
+    using T = decltype(zero);
+    const T share = static_cast<T>(n.share()), *incoming = grad.const_data_ptr<T>();
+    for_batch(n.batch, [&](int64_t b) {
+      const auto grad_of = [&](int64_t i) { return n.reduces ? incoming[b] * share : incoming[b * n.queries + i]; };
+      if (need_temperature) {
+        T total = 0;
+        for (int64_t i = 0; i < n.queries; ++i) total += grad_of(i) * slope.const_data_ptr<T>()[b * n.queries + i];
+        data<T>(of_temperature)[b] = total;
+      }
+      if (!need_support && !need_queries) return;
+      const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
+      const Scratch<T> scaled(distances), of_prototypes(need_support ? n.classes * n.features : 0);
+      for (int64_t i = 0; i < n.queries; ++i) {
+        FASTDA_RUN(scale(w.const_data_ptr<T>() + b * distances + i * n.classes, grad_of(i), n.classes,
+                         scaled.data() + i * n.classes));
+      }
+      T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
+      gradients_from_weights(from, {0, n.queries}, to, scaled.data(), n.metric, false, grad_queries, false,
+                             need_support ? of_prototypes.data() : nullptr);
+      if (need_queries) from.through_directions(0, n.queries, grad_queries);
+      if (!need_support) return;
+      finish_prototypes(to, of_prototypes.data());
+      const int64_t *labels = label.const_data_ptr<int64_t>() + b * n.support, *of_class = count.const_data_ptr<int64_t>() + b * n.classes;
+      at::parallel_for(0, n.support, grain(n.features), [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; ++s) {
+          check_label("support_labels", labels[s], n.classes);
+          FASTDA_RUN(divide(of_prototypes.data() + labels[s] * n.features, static_cast<T>(of_class[labels[s]]), n.features,
+                            data<T>(of_support) + (b * n.support + s) * n.features));
+        }
+      });
+    });
+  });
+  return {gradient_like(of_support, support, need_support), gradient_like(of_queries, queries, need_queries),
+          gradient_like(of_temperature, temperature, need_temperature)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastda, CPU, m) {
+  m.impl("class_means", &class_means);
+  m.impl("class_means_backward", &class_means_backward);
   m.impl("prototypical_loss", &prototypical_loss);
   m.impl("prototypical_loss_backward", &prototypical_loss_backward);
 }
 
-TORCH_LIBRARY_IMPL(fastda, Autograd, m) { differentiable(m, "prototypical_loss"); }
+TORCH_LIBRARY_IMPL(fastda, Autograd, m) {
+  differentiable(m, "class_means");
+  differentiable(m, "prototypical_loss");
+}
 
 }  // namespace fastda

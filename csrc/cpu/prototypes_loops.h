@@ -1,105 +1,214 @@
-// Inner loops of the prototypical loss; compiled once for each instruction set by for_each_isa.h.
+// Inner loops of the prototype ops; compiled once for each instruction set by for_each_isa.h.
 //
-// Distances and their gradients are taken from the differences q − p, four classes at a time: exact where the expansion
-// ‖q‖² − 2q·p + ‖p‖² would cancel, and one load of q serves four sums.
+// A row holds one value for each class of a block: sums over features, then distances, logits l = −d/T or what a loss makes of
+// them. `empty` marks the classes that do not count; it is null where there are none.
+#include "matrix_loops.h"
 
-constexpr int64_t classes_at_a_time = 4;
+#include "distance_loops.h"
 
-// Rows c ... c + 3 of p; past the end the last one again, whose sum is dropped.
-#define FASTDA_FOUR_ROWS(p, c, C, D)                                                       \
-  const T* p0 = (p) + (c) * (D);                                                           \
-  const T* p1 = (p) + std::min((c) + 1, (C)-1) * (D);                                      \
-  const T* p2 = (p) + std::min((c) + 2, (C)-1) * (D);                                      \
-  const T* p3 = (p) + std::min((c) + 3, (C)-1) * (D);
-
-// Σ(q − p)² of one query and all classes.
-template <typename T>
-void squared_distances(const T* q, const T* p, int64_t C, int64_t D, T* out) {
-  for (int64_t c = 0; c < C; c += classes_at_a_time) {
-    FASTDA_FOUR_ROWS(p, c, C, D)
-    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t d = 0; d < D; ++d) {
-      const T x0 = q[d] - p0[d], x1 = q[d] - p1[d], x2 = q[d] - p2[d], x3 = q[d] - p3[d];
-      s0 += x0 * x0;
-      s1 += x1 * x1;
-      s2 += x2 * x2;
-      s3 += x3 * x3;
-    }
-    const T sums[classes_at_a_time] = {s0, s1, s2, s3};
-    for (int64_t i = 0; i < std::min(classes_at_a_time, C - c); ++i) out[c + i] = sums[i];
-  }
+// e^x for x ≤ 0, to the last digit or two; 0 and numbers too small to be normal included, NaN kept.
+inline float exponential(float x) {
+  const float bounded = x < -104.0f ? -104.0f : x;
+  const float shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5·2²³ rounds to a whole number
+  const float whole = shifted - 12582912.0f;
+  const float r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  int32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof(bits));
+  const int32_t power = bits - 0x4B400000, half = power >> 1;  // 2^power in two factors: it may be below the normal numbers
+  const uint32_t first_bits = static_cast<uint32_t>(half + 127) << 23;
+  const uint32_t second_bits = static_cast<uint32_t>(power - half + 127) << 23;
+  float first, second;
+  __builtin_memcpy(&first, &first_bits, sizeof(first));
+  __builtin_memcpy(&second, &second_bits, sizeof(second));
+  return y * first * second;
 }
 
-// q·p of one query and all classes.
-template <typename T>
-void products(const T* q, const T* p, int64_t C, int64_t D, T* out) {
-  for (int64_t c = 0; c < C; c += classes_at_a_time) {
-    FASTDA_FOUR_ROWS(p, c, C, D)
-    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t d = 0; d < D; ++d) {
-      s0 += q[d] * p0[d];
-      s1 += q[d] * p1[d];
-      s2 += q[d] * p2[d];
-      s3 += q[d] * p3[d];
-    }
-    const T sums[classes_at_a_time] = {s0, s1, s2, s3};
-    for (int64_t i = 0; i < std::min(classes_at_a_time, C - c); ++i) out[c + i] = sums[i];
-  }
-}
+inline double exponential(double x) { return std::exp(x); }
 
-// out = Σ_r w_r (x − y_r), or Σ_r w_r y_r where x is null; the weights lie `stride` apart. Rows that `skip` marks are left out,
-// so that the NaN of an empty class reaches nobody; null skips none.
+// Sums over features become distances.
 template <typename T>
-void weighted_sum(const T* x, const T* y, const T* weights, int64_t stride, const uint8_t* skip, int64_t rows, int64_t D,
-                  T* out) {
-  for (int64_t d = 0; d < D; ++d) out[d] = 0;
-  int64_t row[classes_at_a_time];
-  for (int64_t r = 0; r < rows;) {
-    int64_t found = 0;
-    for (; r < rows && found < classes_at_a_time; ++r) {
-      if (!skip || !skip[r]) row[found++] = r;
-    }
-    if (found == 0) break;
-    T w[classes_at_a_time];
-    const T* from[classes_at_a_time];
-    for (int64_t i = 0; i < classes_at_a_time; ++i) {
-      w[i] = weights[row[i < found ? i : 0] * stride];
-      from[i] = y + row[i < found ? i : 0] * D;
-    }
-    if (found < classes_at_a_time) {
-      for (int64_t i = 0; i < found; ++i) {
-        const T wi = w[i];
-        const T* yi = from[i];
+void distances_from_sums(T* row, int64_t classes, Metric metric) {
+  if (metric == Metric::euclidean) {
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) out[d] += wi * (x ? x[d] - yi[d] : yi[d]);
-      }
-      continue;
-    }
-    const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    const T *y0 = from[0], *y1 = from[1], *y2 = from[2], *y3 = from[3];
-    if (x) {
+    for (int64_t c = 0; c < classes; ++c) row[c] = std::sqrt(row[c]);
+  } else if (metric == Metric::cosine) {
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) {
-        out[d] += (w0 * (x[d] - y0[d]) + w1 * (x[d] - y1[d])) + (w2 * (x[d] - y2[d]) + w3 * (x[d] - y3[d]));
-      }
-    } else {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) out[d] += (w0 * y0[d] + w1 * y1[d]) + (w2 * y2[d] + w3 * y3[d]);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T distance = 1 - row[c], above = distance < 0 ? T(0) : distance;
+      row[c] = above > 2 ? T(2) : above;
     }
   }
 }
 
-// out = Σ of the chosen rows of x.
+// −d/T, −Inf for an empty class.
 template <typename T>
-void sum_rows(const T* x, int64_t stride, const int64_t* rows, int64_t count, int64_t D, T* out) {
-  for (int64_t d = 0; d < D; ++d) out[d] = 0;
-  for (int64_t r = 0; r < count; ++r) {
-    const T* from = x + rows[r] * stride;
+void logits(const T* distances, const uint8_t* empty, int64_t classes, T temperature, T* out) {
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) out[d] += from[d];
+  for (int64_t c = 0; c < classes; ++c) out[c] = -distances[c] / temperature;
+  for (int64_t c = 0; empty && c < classes; ++c) {
+    if (empty[c]) out[c] = -std::numeric_limits<T>::infinity();
   }
+}
+
+// The largest logit m and Σ exp(l − m), of a row and of what was seen before it: begin with −Inf and 0.
+template <typename T>
+void join_softmax(const T* l, int64_t classes, T* largest, T* sum) {
+  const T before = *largest, lowest = -std::numeric_limits<T>::infinity();
+  T most = before;
+#pragma omp simd reduction(max : most)
+  for (int64_t c = 0; c < classes; ++c) most = l[c] > most ? l[c] : most;
+  const T shift = most == lowest ? T(0) : most;  // nothing yet but −Inf: exp gives 0
+  T more = 0;
+#pragma omp simd reduction(+ : more)
+  for (int64_t c = 0; c < classes; ++c) more += exponential(l[c] - shift);
+  *sum = *sum * exponential(before - shift) + more;
+  *largest = most;
+}
+
+// Adds the logits that count.
+template <typename T>
+void add_logits(const T* l, const uint8_t* empty, int64_t classes, double* total) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < classes; ++c) sum += empty && empty[c] ? 0.0 : static_cast<double>(l[c]);
+  *total += sum;
+}
+
+// Logits become log-probabilities or probabilities.
+template <typename T>
+void probabilities(T* l, int64_t classes, T largest, T log_sum, bool log) {
+  if (log) {
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) l[c] = (l[c] - largest) - log_sum;
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) l[c] = exponential((l[c] - largest) - log_sum);
+  }
+}
+
+// What a query's difference q − p (or the prototype's direction) is multiplied by in the gradient, where `of_distance` is ∂L/∂d.
+template <typename T>
+T weight(T of_distance, T distance, Metric metric) {
+  if (metric == Metric::sqeuclidean) return 2 * of_distance;
+  if (metric == Metric::cosine) return -of_distance;
+  return distance == 0 ? T(0) : of_distance / distance;
+}
+
+// Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope.
+template <typename T>
+void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T* of_logit, T* slope) {
+  for (int64_t c = 0; empty && c < classes; ++c) {
+    if (empty[c]) of_logit[c] = 0;
+  }
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < classes; ++c) {
+    total += of_logit[c] * (row[c] / temperature);
+    row[c] = weight(-of_logit[c] / temperature, row[c], metric);
+  }
+  *slope += total / temperature;
+}
+
+// Distances become weights, by ∂L/∂d.
+template <typename T>
+void weights_from_distances(T* row, const uint8_t* empty, int64_t classes, Metric metric, const T* of_distance) {
+#pragma omp simd
+  for (int64_t c = 0; c < classes; ++c) row[c] = weight(of_distance[c], row[c], metric);
+  for (int64_t c = 0; empty && c < classes; ++c) {
+    if (empty[c]) row[c] = 0;
+  }
+}
+
+// ∂L/∂l of a softmax (or its logarithm) from its probabilities and ∂L/∂p (∂L/∂log p).
+template <typename T>
+void through_softmax(const T* p, const T* grad, int64_t classes, bool log, T* of_logit) {
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < classes; ++c) total += log ? grad[c] : grad[c] * p[c];
+#pragma omp simd
+  for (int64_t c = 0; c < classes; ++c) of_logit[c] = log ? grad[c] - p[c] * total : p[c] * (grad[c] - total);
+}
+
+// grad · (p − spread) from logits: ∂L/∂l of the cross-entropy but for the target's part.
+template <typename T>
+void through_cross_entropy(T* l, int64_t classes, T largest, T log_sum, T grad, T spread) {
+#pragma omp simd
+  for (int64_t c = 0; c < classes; ++c) l[c] = grad * (exponential((l[c] - largest) - log_sum) - spread);
+}
+
+// a comes before b: numbers in order, NaN last.
+template <typename T>
+bool nearer(T a, T b) {
+  return a < b || (b != b && a == a);
+}
+
+// Keeps the k nearest classes of those seen so far, in order, `kept` of them until there are k. Of equals the first one stays.
+template <typename T>
+void keep_nearest(const T* distances, const uint8_t* empty, int64_t classes, int64_t first, int64_t k, T* best, int64_t* index,
+                  int64_t* kept) {
+  constexpr int64_t block = 64 / sizeof(T);
+  for (int64_t begin = 0; begin < classes; begin += block) {
+    const int64_t end = least(begin + block, classes);
+    if (*kept == k && end - begin == block) {
+      const T worst = best[k - 1];
+      int none = 1;
+#pragma omp simd reduction(& : none)
+      for (int64_t c = 0; c < block; ++c) none &= distances[begin + c] >= worst;
+      if (none) continue;
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      if ((empty && empty[c]) || (*kept == k && !nearer(distances[c], best[k - 1]))) continue;
+      int64_t at = *kept < k ? (*kept)++ : k - 1;
+      for (; at > 0 && nearer(distances[c], best[at - 1]); --at) best[at] = best[at - 1], index[at] = index[at - 1];
+      best[at] = distances[c];
+      index[at] = first + c;
+    }
+  }
+}
+
+// out = the mean of the chosen rows of x, summed in their order.
+template <typename T>
+void mean_of_rows(const T* x, int64_t stride, const int64_t* rows, int64_t count, int64_t columns, T* out) {
+  using G = Grid<T>;
+  constexpr int64_t vectors = 8;
+  const T divisor = static_cast<T>(count);
+  int64_t d = 0;
+  for (; d + vectors * G::lanes <= columns; d += vectors * G::lanes) {
+    typename G::Vector sum[vectors];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < vectors; ++v) sum[v] = G::load(x + rows[0] * stride + d + v * G::lanes);
+    for (int64_t r = 1; r < count; ++r) {
+      const T* from = x + rows[r] * stride + d;
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < vectors; ++v) sum[v] += G::load(from + v * G::lanes);
+    }
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < vectors; ++v) G::store(out + d + v * G::lanes, sum[v] / divisor);
+  }
+  for (int64_t c = d; c < columns; ++c) out[c] = x[rows[0] * stride + c];
+  for (int64_t r = 1; r < count; ++r) {
+    for (int64_t c = d; c < columns; ++c) out[c] += x[rows[r] * stride + c];
+  }
+  for (int64_t c = d; c < columns; ++c) out[c] /= divisor;
+}
+
+template <typename T>
+void divide(const T* x, T divisor, int64_t count, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] / divisor;
+}
+
+template <typename T>
+void scale(const T* x, T factor, int64_t count, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor;
 }
 
 // y = x/‖x‖ and its norm; 0 for the zero vector. Divided by the largest component first, which neither overflows nor
@@ -124,5 +233,3 @@ void through_direction(const T* y, T norm, int64_t D, T* g) {
   for (int64_t d = 0; d < D; ++d) along += g[d] * y[d];
   for (int64_t d = 0; d < D; ++d) g[d] = norm == 0 ? T(0) : (g[d] - along * y[d]) / norm;
 }
-
-#undef FASTDA_FOUR_ROWS

@@ -1,23 +1,20 @@
-"""The fused ops: public functions with the names and signatures of the reference. One file a topic.
-
-An op that has no kernel yet is the reference, re-exported.
-"""
+"""The fused ops: public functions with the names and signatures of the reference. One file a topic."""
 
 from ..kernels import cpp
-from ..reference import (
+from . import fused
+from .coral import coral_loss, deep_coral_loss
+from .covariance import covariance
+from .domain_loss import domain_adversarial_loss
+from .gradient_reversal import gradient_reversal, gradient_reversal_fork, gradient_reversal_linear
+from .prototypes import (
     class_means,
     nearest_prototype,
     pairwise_distance,
     prototype_cross_entropy,
     prototype_log_softmax,
     prototype_softmax,
+    prototypical_loss,
 )
-from . import fused
-from .coral import coral_loss, deep_coral_loss
-from .covariance import covariance
-from .domain_loss import domain_adversarial_loss
-from .gradient_reversal import gradient_reversal, gradient_reversal_fork, gradient_reversal_linear
-from .prototypes import prototypical_loss
 
 if cpp.status.available:
     cpp.library.set_second_order(fused.second_order)

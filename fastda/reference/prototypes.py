@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -242,10 +243,11 @@ def nearest_prototype(
         return distances.gather(-1, indices), indices
 
 
-def check_k(k: int, prototypes: Tensor) -> None:
-    checks.whole_number("k", k, 1)
+def check_k(k: int, prototypes: Tensor) -> int:
+    k = checks.whole_number("k", k, 1)
     if k > prototypes.shape[-2]:
         raise ValueError(f"k: expected at most the number of prototypes, {prototypes.shape[-2]}, got {k}; ask for fewer")
+    return k
 
 
 # Softmax and losses
@@ -359,12 +361,38 @@ def prototype_cross_entropy(
         >>> fastda.prototype_cross_entropy(queries, prototypes, torch.tensor([0, 1]))
         tensor(0.3133)
     """
+    queries, prototypes, targets = check_cross_entropy(
+        queries, prototypes, targets, metric, temperature, ignore_index, label_smoothing, reduction
+    )
+    losses, kept = class_losses(queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric)
+    if reduction == "mean":
+        return losses.sum() / kept.sum()
+    return reduce(losses, reduction)
+
+
+def check_cross_entropy(
+    queries, prototypes, targets, metric, temperature, ignore_index, label_smoothing, reduction
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that can be wrong, but for the targets' values; features in one dtype, targets as int64."""
     queries, prototypes = check_distance(queries, prototypes, metric)
     check_temperature(temperature, queries)
     targets = checks.labels("targets", targets, queries.shape[:-1], "queries", queries)
     checks.whole_number("ignore_index", ignore_index, -(2**63))
     checks.number("label_smoothing", label_smoothing, least=0, most=1)
     checks.option("reduction", reduction, REDUCTIONS)
+    return queries, prototypes, targets
+
+
+def class_losses(
+    queries: Tensor,
+    prototypes: Tensor,
+    temperature: float | Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    metric: str,
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each query, and which of them are not ignored."""
     kept = targets != ignore_index
     targets, valid = labels_in_range("targets", torch.where(kept, targets, 0), prototypes.shape[-2])
     with no_autocast(queries):
@@ -377,9 +405,7 @@ def prototype_cross_entropy(
         losses = torch.where(kept, losses, 0.0)
         if valid is not None:
             losses = torch.where(valid, losses, math.nan)
-        if reduction == "mean":
-            return losses.sum() / kept.sum()
-        return reduce(losses, reduction)
+        return losses, kept
 
 
 def prototypical_loss(
@@ -434,6 +460,36 @@ def prototypical_loss(
     support, support_labels, queries, query_labels = check_episode(
         support, support_labels, queries, query_labels, num_classes, metric, temperature, reduction
     )
+    return loss_of_parts(
+        class_means,
+        prototype_cross_entropy,
+        support,
+        support_labels,
+        queries,
+        query_labels,
+        num_classes,
+        metric=metric,
+        temperature=temperature,
+        reduction=reduction,
+        process_group=process_group,
+    )
+
+
+def loss_of_parts(
+    class_means: Callable,
+    prototype_cross_entropy: Callable,
+    support: Tensor,
+    support_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    *,
+    metric: str,
+    temperature: float | Tensor,
+    reduction: str,
+    process_group,
+) -> Tensor:
+    """The prototypical loss by way of the two ops it is made of, the reference's or the fused ones."""
     support_labels, support_valid = labels_in_range("support_labels", support_labels, num_classes)
     query_labels, query_valid = labels_in_range("query_labels", query_labels, num_classes)
     prototypes = class_means(support, support_labels, num_classes, process_group=process_group)

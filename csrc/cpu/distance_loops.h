@@ -1,0 +1,212 @@
+// Sums over features of queries against prototypes, and over samples of their differences; compiled once for each
+// instruction set by for_each_isa.h.
+//
+// Distances and gradients are taken from the differences q − p themselves: exact where ‖q‖² − 2q·p + ‖p‖² cancels, and as
+// fast where a processor adds beside its multiplications. Rows hold whole vectors, filled up with zeros.
+
+template <typename T>
+struct Grid {
+  static constexpr int64_t lanes = FASTDA_VECTOR_BYTES / sizeof(T);
+  static constexpr int64_t queries = FASTDA_VECTOR_BYTES == 64 ? 4 : 2;  // what the registers hold
+  static constexpr int64_t classes = 5;
+  typedef T Vector __attribute__((vector_size(FASTDA_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+
+  static Vector load(const T* x) { return *reinterpret_cast<const Vector*>(x); }
+  static void store(T* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
+};
+
+// Of two vectors one, that holds the sums of neighbouring groups of `group` lanes, those of a before those of b.
+template <int group, typename Vector, size_t... lane>
+Vector fold(Vector a, Vector b, std::index_sequence<lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  const Vector first = FASTDA_SHUFFLE(a, b, int(lane / (2 * group) * 2 * group + lane % group + lane / group % 2 * lanes)...);
+  const Vector second =
+      FASTDA_SHUFFLE(a, b, int(lane / (2 * group) * 2 * group + lane % group + lane / group % 2 * lanes + group)...);
+  return first + second;
+}
+
+template <int group, int lanes, typename Vector>
+void fold_all(Vector* x) {
+  if constexpr (group < lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / group / 2; ++i) {
+      x[i] = fold<group>(x[2 * i], x[2 * i + 1], std::make_index_sequence<lanes>{});
+    }
+    fold_all<2 * group, lanes>(x);
+  }
+}
+
+// The sum of the lanes of each vector. `out` has room for a whole number of vectors.
+template <typename T, int count>
+void sum_lanes(const typename Grid<T>::Vector* x, T* out) {
+  constexpr int lanes = Grid<T>::lanes;
+#pragma GCC unroll 32
+  for (int begin = 0; begin < count; begin += lanes) {
+    typename Grid<T>::Vector some[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) some[i] = x[begin + i < count ? begin + i : count - 1];
+    fold_all<1, lanes>(some);
+    Grid<T>::store(out + begin, some[0]);
+  }
+}
+
+// Σ_d (q_d − p_d)² or Σ_d q_d p_d of a few queries and a few classes.
+template <typename T, bool product>
+void sum_features(const T* const* q, const T* const* p, int64_t depth, T* out) {
+  using G = Grid<T>;
+  typename G::Vector sum[G::queries * G::classes], left[G::queries];
+#pragma GCC unroll 32
+  for (int64_t i = 0; i < G::queries * G::classes; ++i) sum[i] = typename G::Vector{};
+  for (int64_t d = 0; d < depth; d += G::lanes) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < G::queries; ++i) left[i] = G::load(q[i] + d);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < G::classes; ++j) {
+      const typename G::Vector right = G::load(p[j] + d);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < G::queries; ++i) {
+        if (product) {
+          sum[i * G::classes + j] += left[i] * right;
+        } else {
+          const typename G::Vector difference = left[i] - right;
+          sum[i * G::classes + j] += difference * difference;
+        }
+      }
+    }
+  }
+  sum_lanes<T, G::queries * G::classes>(sum, out);
+}
+
+// The same for all queries and classes: out[query * out_stride + class].
+template <typename T, bool product>
+void sum_features_of(const T* q, int64_t q_stride, int64_t queries, const T* p, int64_t p_stride, int64_t classes,
+                     int64_t depth, T* out, int64_t out_stride) {
+  using G = Grid<T>;
+  constexpr int64_t near = 4 * G::classes;  // classes that stay in the first cache
+  T sums[G::queries * G::classes + G::lanes];
+  const T *q_rows[G::queries], *p_rows[G::classes];
+  for (int64_t first = 0; first < classes; first += near) {
+    const int64_t last = least(first + near, classes);
+    for (int64_t i = 0; i < queries; i += G::queries) {
+      const int64_t some_queries = least(G::queries, queries - i);
+      for (int64_t r = 0; r < G::queries; ++r) q_rows[r] = q + (i + least(r, some_queries - 1)) * q_stride;
+      for (int64_t j = first; j < last; j += G::classes) {
+        const int64_t some_classes = least(G::classes, last - j);
+        for (int64_t r = 0; r < G::classes; ++r) p_rows[r] = p + (j + least(r, some_classes - 1)) * p_stride;
+        sum_features<T, product>(q_rows, p_rows, depth, sums);
+        for (int64_t r = 0; r < some_queries; ++r) {
+          T* to = out + (i + r) * out_stride + j;
+          for (int64_t c = 0; c < some_classes; ++c) to[c] = sums[r * G::classes + c];
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries, const T* p, int64_t p_stride,
+                     int64_t classes, int64_t depth, T* out, int64_t out_stride) {
+  if (product) {
+    sum_features_of<T, true>(q, q_stride, queries, p, p_stride, classes, depth, out, out_stride);
+  } else {
+    sum_features_of<T, false>(q, q_stride, queries, p, p_stride, classes, depth, out, out_stride);
+  }
+}
+
+// Samples in panels, each one vector wide, for sum_samples: packed[(d / lanes · samples + sample) · lanes + d % lanes].
+template <typename T>
+void pack_samples(const T* y, int64_t stride, int64_t samples, int64_t begin, int64_t end, T* packed) {
+  using G = Grid<T>;
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    for (int64_t d = begin; d < end; d += G::lanes) {
+      G::store(packed + (d / G::lanes * samples + sample) * G::lanes, G::load(y + sample * stride + d));
+    }
+  }
+}
+
+// One vector of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own.
+template <typename T, bool product, int rows>
+void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_step, int64_t samples,
+                 typename Grid<T>::Vector* sum) {
+  using G = Grid<T>;
+  typename G::Vector at[rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) at[r] = product ? typename G::Vector{} : G::load(x[r]);
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) sum[r] = typename G::Vector{};
+  for (int64_t k = 0; k < samples; ++k, y += y_step) {
+    const typename G::Vector right = G::load(y);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) sum[r] += w[r][k * w_step] * (product ? right : at[r] - right);
+  }
+}
+
+// How samples y are laid out: row by row (step: the stride; panel: a vector) or by pack_samples.
+template <typename T>
+struct Layout {
+  const T* data;
+  int64_t step, panel;
+};
+
+// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for all rows x and the columns begin to end, or added to it. w of row r and sample k:
+// w[r · w_row + k · w_step]. Columns from `width` on are filling, and not written.
+template <typename T, bool product, int rows>
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, Layout<T> y,
+                    int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out, int64_t out_stride) {
+  using G = Grid<T>;
+  constexpr int64_t chunk = 256;  // of samples: a panel of them stays in the first cache
+  typename G::Vector sum[rows];
+  const T *x_rows[rows], *w_rows[rows];
+  for (int64_t k = 0; k < samples || k == 0; k += chunk) {
+    const int64_t some = least(chunk, samples - k);
+    for (int64_t d = begin; d < end; d += G::lanes) {
+      const T* from = y.data + d / G::lanes * y.panel + k * y.step;
+      for (int64_t i = 0; i < count; i += rows) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t row = least(i + r, count - 1);
+          x_rows[r] = x + row * x_stride + d;
+          w_rows[r] = w + row * w_row + k * w_step;
+        }
+        sum_samples<T, product, rows>(x_rows, w_rows, w_step, from, y.step, some, sum);
+        for (int64_t r = 0; r < least(rows, count - i); ++r) {
+          T* to = out + (i + r) * out_stride + d;
+          if (d + G::lanes <= width) {
+            G::store(to, add || k > 0 ? G::load(to) + sum[r] : sum[r]);
+          } else {
+            for (int64_t c = 0; c < width - d; ++c) to[c] = (add || k > 0 ? to[c] : T(0)) + sum[r][c];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T, bool product>
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, Layout<T> y,
+                    int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out, int64_t out_stride) {
+  constexpr int64_t many = FASTDA_VECTOR_BYTES == 64 ? 10 : 5, few = 5;  // as many as the registers hold
+  const int64_t rest = count % many, whole = rest > 0 && rest <= few ? count - rest : count;
+  if (whole > 0) {
+    sum_samples_of<T, product, many>(x, x_stride, whole, w, w_row, w_step, y, samples, begin, end, width, add, out, out_stride);
+  }
+  if (whole < count) {
+    sum_samples_of<T, product, few>(x + whole * x_stride, x_stride, rest, w + whole * w_row, w_row, w_step, y, samples, begin,
+                                    end, width, add, out + whole * out_stride, out_stride);
+  }
+}
+
+template <typename T>
+void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
+                    Layout<T> y, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
+                    int64_t out_stride) {
+  if (product) {
+    sum_samples_of<T, true>(x, x_stride, count, w, w_row, w_step, y, samples, begin, end, width, add, out, out_stride);
+  } else {
+    sum_samples_of<T, false>(x, x_stride, count, w, w_row, w_step, y, samples, begin, end, width, add, out, out_stride);
+  }
+}
+
+template <typename T>
+void vector_lanes(int64_t* lanes) {
+  *lanes = Grid<T>::lanes;
+}

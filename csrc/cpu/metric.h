@@ -1,0 +1,18 @@
+// How far a query is from a prototype.
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
+
+namespace fastda {
+
+enum class Metric { sqeuclidean, euclidean, cosine };
+
+inline Metric metric_of(c10::string_view name) {
+  if (name == "sqeuclidean") return Metric::sqeuclidean;
+  if (name == "euclidean") return Metric::euclidean;
+  TORCH_CHECK_VALUE(name == "cosine", "metric: expected 'sqeuclidean', 'euclidean' or 'cosine', got '", name, "'");
+  return Metric::cosine;
+}
+
+}  // namespace fastda

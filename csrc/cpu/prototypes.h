@@ -1,0 +1,253 @@
+// What the prototype ops share: points, the distances between a block of queries and a block of classes, and the gradients that
+// follow from what a loss makes of them. Include after for_each_isa.h with the loops of prototypes_loops.h.
+//
+// A block of distances is the largest thing that is ever held: the classes pass by in blocks, and gradients take the distances
+// again. Each result has one thread that writes it, in one order, so that results do not depend on the number of threads.
+#pragma once
+
+#include "matrix.h"
+#include "metric.h"
+
+#include <limits>
+#include <vector>
+
+namespace fastda {
+namespace {
+
+constexpr int64_t vector_bytes = 64;        // of the widest vectors
+constexpr int64_t block_values = 1 << 18;   // distances held at a time
+constexpr int64_t most_queries = 512;       // of a block
+constexpr int64_t worth_a_thread = 1 << 20;  // multiplications, a few times what starting a thread costs
+
+// Items that a thread should at least be given, each of `work` multiplications.
+inline int64_t thread_grain(int64_t work) { return std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work)); }
+
+template <typename F>
+void visit_rows(const Tensor& x, const F& visit) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return visit(x.const_data_ptr<at::Half>());
+    case at::kBFloat16: return visit(x.const_data_ptr<at::BFloat16>());
+    case at::kDouble: return visit(x.const_data_ptr<double>());
+    default: return visit(x.const_data_ptr<float>());
+  }
+}
+
+// (batch, rows, columns), the columns dense.
+inline Tensor matrices(const Tensor& x, int64_t batch) { return matrices(x, x.scalar_type(), batch); }
+
+// Rows of x[b], ready for the loops: in dtype T, each a whole number of vectors. An empty prototype is replaced by zeros, so that
+// its NaN reaches nobody; for the cosine the directions stand in for the points.
+template <typename T>
+class Points {
+ public:
+  static Points queries(const Tensor& x, int64_t b, Metric metric) { return Points(x, b, 0, x.size(1), metric, false); }
+  static Points prototypes(const Tensor& x, int64_t b, int64_t begin, int64_t end, Metric metric) {
+    return Points(x, b, begin, end, metric, true);
+  }
+
+  const T* row(int64_t i) const { return data_ + i * stride_; }
+  int64_t stride() const { return stride_; }
+  int64_t count() const { return count_; }
+  int64_t features() const { return features_; }
+  int64_t depth() const { return depth_; }  // the features and what fills up the last vector
+  const uint8_t* empty() const { return has_empty_ ? empty_.data() : nullptr; }
+  bool is_empty(int64_t i) const { return has_empty_ && empty_[i]; }
+  int64_t present() const { return has_empty_ ? std::count(empty_.begin(), empty_.end(), 0) : count_; }
+
+  // The gradient of row i through x/‖x‖, in place.
+  void through_directions(int64_t begin, int64_t end, T* grad) const {
+    for (int64_t i = begin; i < end && metric_ == Metric::cosine; ++i) {
+      FASTDA_RUN(through_direction(row(i), norms_[i], features_, grad + (i - begin) * features_));
+    }
+  }
+
+ private:
+  Points(const Tensor& x, int64_t b, int64_t begin, int64_t end, Metric metric, bool may_be_empty)
+      : metric_(metric), count_(end - begin), features_(x.size(2)), stride_(x.stride(1)) {
+    constexpr int64_t width = vector_bytes / sizeof(T);
+    depth_ = blocks(features_, width) * width;
+    visit_rows(x, [&](const auto* rows) { fill(rows + b * x.stride(0) + begin * x.stride(1), x.stride(1), may_be_empty); });
+  }
+
+  template <typename From>
+  void fill(const From* rows, int64_t stride, bool may_be_empty) {
+    if (may_be_empty && features_ > 0) find_empty(rows, stride);
+    if constexpr (std::is_same_v<From, T>) {
+      if (!has_empty_ && metric_ != Metric::cosine && depth_ == features_) {
+        data_ = rows;
+        return;
+      }
+    }
+    copy_ = Scratch<T>(count_ * depth_);
+    T* to = copy_.data();
+    if (metric_ == Metric::cosine) norms_.resize(count_);
+    at::parallel_for(0, count_, grain(features_), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) copy_row(rows + i * stride, i, to + i * depth_);
+    });
+    data_ = to;
+    stride_ = depth_;
+  }
+
+  template <typename From>
+  void find_empty(const From* rows, int64_t stride) {
+    const auto is_nan = [](From value) { return std::isnan(static_cast<T>(value)); };
+    for (int64_t i = 0; i < count_; ++i) {
+      const From* row = rows + i * stride;
+      if (!is_nan(*row) || !std::all_of(row, row + features_, is_nan)) continue;
+      if (!has_empty_) empty_.assign(count_, 0);
+      has_empty_ = true;
+      empty_[i] = 1;
+    }
+  }
+
+  template <typename From>
+  void copy_row(const From* from, int64_t i, T* to) {
+    if (is_empty(i)) {
+      std::fill(to, to + depth_, T(0));
+    } else {
+      for (int64_t d = 0; d < features_; ++d) to[d] = static_cast<T>(from[d]);
+      std::fill(to + features_, to + depth_, T(0));
+    }
+    if (metric_ == Metric::cosine) FASTDA_RUN(direction<T>(to, features_, to, &norms_[i]));
+  }
+
+  Metric metric_;
+  int64_t count_, features_, stride_, depth_;
+  const T* data_ = nullptr;
+  Scratch<T> copy_{0};
+  bool has_empty_ = false;
+  std::vector<uint8_t> empty_;
+  std::vector<T> norms_;
+};
+
+// A range of rows.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
+template <typename T>
+void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
+  constexpr int64_t classes_at_once = 20, queries_at_once = 32;
+  const auto run = [&](Range some, Range classes) {
+    T* to = out + (some.begin - queries.begin) * stride + classes.begin;
+    FASTDA_RUN(sum_features_of(metric == Metric::cosine, q.row(some.begin), q.stride(), some.size(), p.row(classes.begin),
+                               p.stride(), classes.size(), q.depth(), to, stride));
+    for (int64_t i = 0; i < some.size(); ++i) {
+      FASTDA_RUN(distances_from_sums(to + i * stride, classes.size(), metric));
+    }
+  };
+  if (p.count() >= queries.size()) {
+    const int64_t work = classes_at_once * queries.size() * q.depth();
+    at::parallel_for(0, blocks(p.count(), classes_at_once), thread_grain(work), [&](int64_t begin, int64_t end) {
+      run(queries, {begin * classes_at_once, std::min(end * classes_at_once, p.count())});
+    });
+  } else {
+    const int64_t work = queries_at_once * p.count() * q.depth();
+    at::parallel_for(0, blocks(queries.size(), queries_at_once), thread_grain(work), [&](int64_t begin, int64_t end) {
+      run({queries.begin + begin * queries_at_once, std::min(queries.begin + end * queries_at_once, queries.end)},
+          {0, p.count()});
+    });
+  }
+}
+
+// Weights of rows x and samples y: of row r and sample k at data[r · row + k · step].
+template <typename T>
+struct Weights {
+  const T* data;
+  int64_t row, step;
+};
+
+// out = Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, for some rows x and some samples y, or added to it. out is dense.
+template <typename T>
+void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric, bool add,
+                     T* out) {
+  constexpr int64_t rows_at_once = 120, worth_packing = 40;
+  const int64_t lanes = vector_bytes / sizeof(T), columns_at_once = 8 * lanes, count = samples.size();
+  const bool pack = rows.size() >= worth_packing;
+  int64_t panel = 0;
+  FASTDA_RUN(vector_lanes<T>(&panel));
+  const Scratch<T> packed(pack ? count * y.depth() : 0);
+  if (pack) {
+    at::parallel_for(0, blocks(y.depth(), columns_at_once), grain(count * columns_at_once), [&](int64_t begin, int64_t end) {
+      FASTDA_RUN(pack_samples(y.row(samples.begin), y.stride(), count, begin * columns_at_once,
+                              std::min(end * columns_at_once, y.depth()), packed.data()));
+    });
+  }
+  const int64_t row_blocks = blocks(rows.size(), rows_at_once), column_blocks = blocks(x.depth(), columns_at_once);
+  const int64_t work = std::min(rows.size(), rows_at_once) * columns_at_once * count;
+  at::parallel_for(0, row_blocks * column_blocks, thread_grain(work), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
+      const int64_t some = std::min(rows_at_once, rows.size() - row);
+      const T *points = x.row(rows.begin + row), *weights = w.data + row * w.row;
+      T* to = out + row * x.features();
+      if (pack) {
+        FASTDA_RUN(sum_samples_of(metric == Metric::cosine, points, x.stride(), some, weights, w.row, w.step,
+                                  {packed.data(), panel, count * panel}, count, column,
+                                  std::min(column + columns_at_once, x.depth()), x.features(), add, to, x.features()));
+      } else {
+        FASTDA_RUN(sum_samples_of(metric == Metric::cosine, points, x.stride(), some, weights, w.row, w.step,
+                                  {y.row(samples.begin), y.stride(), panel}, count, column,
+                                  std::min(column + columns_at_once, x.depth()), x.features(), add, to, x.features()));
+      }
+    }
+  });
+}
+
+// Gradients from a block of weights, weights[(q − queries.begin) · p.count() + c]; null for one that is not needed.
+template <typename T>
+void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, Metric metric, bool add_queries,
+                            T* grad_queries, bool add_prototypes, T* grad_prototypes) {
+  const int64_t classes = p.count();
+  if (grad_queries) {
+    sum_differences(q, queries, p, {0, classes}, {weights, classes, 1}, metric, add_queries,
+                    grad_queries + queries.begin * q.features());
+  }
+  if (grad_prototypes) {
+    sum_differences(p, {0, classes}, q, queries, {weights, 1, classes}, metric, add_prototypes, grad_prototypes);
+  }
+}
+
+// log Σ exp(l − m). There is nothing to normalise where every class is empty or infinitely far.
+template <typename T>
+T log_of_sum(T largest, T sum) {
+  return std::isinf(largest) ? std::numeric_limits<T>::quiet_NaN() : std::log(sum);
+}
+
+// What completes the gradient of prototypes: through the directions, and nothing for empty classes.
+template <typename T>
+void finish_prototypes(const Points<T>& p, T* grad) {
+  p.through_directions(0, p.count(), grad);
+  for (int64_t c = 0; p.empty() && c < p.count(); ++c) {
+    if (p.is_empty(c)) std::fill(grad + c * p.features(), grad + (c + 1) * p.features(), T(0));
+  }
+}
+
+inline void check_label(const char* name, int64_t label, int64_t classes) {
+  TORCH_CHECK_INDEX(label >= 0 && label < classes, name, ": expected labels in 0 ... ", classes - 1, " (num_classes - 1), got ",
+                    label, "; relabel the classes or raise num_classes");
+}
+
+inline void check_labels(const char* name, const Tensor& labels, int64_t count) {
+  check_count(name, labels, count);
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, name, ": expected int64, got ", labels.scalar_type());
+}
+
+template <typename F>
+auto accumulate_as(const Tensor& x, const F& run) {
+  return accumulate_type(x.scalar_type()) == at::kDouble ? run(double()) : run(float());
+}
+
+// A gradient in the shape and dtype of its input; empty where it was not needed.
+inline Tensor gradient_like(const Tensor& result, const Tensor& input, bool needed) {
+  return needed ? result.reshape(input.sizes()).to(input.scalar_type()) : result;
+}
+
+inline Tensor empty_gradient(bool needed, at::IntArrayRef shape, const Tensor& input, at::ScalarType dtype) {
+  return needed ? at::empty(shape, input.options().dtype(dtype)) : at::empty({0}, input.options());
+}
+
+}  // namespace
+}  // namespace fastda
