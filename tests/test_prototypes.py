@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from ops_under_test import METRICS, REDUCTIONS, Draw, Sizes, each_module
+from tolerance import assert_as_accurate_as_reference, random_like
 from torch.testing import assert_close
+
+import fastda
+import fastda.reference
+from fastda.benchmarks.memory import memory
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 each_metric = pytest.mark.parametrize("metric", METRICS)
@@ -227,6 +232,30 @@ def test_points_close_together_and_far_from_zero(module, metric):
 
 
 @each_module
+@pytest.mark.parametrize("metric, power", [("sqeuclidean", 1), ("euclidean", 0.5)])
+def test_distances_right_to_1e_4_where_the_expansion_is_off_by_half(module, metric, power):
+    """640 features offset by 10, with a spread of 0.01; as many queries and classes as are done in blocks."""
+    draw = Draw(Sizes(features=640))
+    queries, prototypes = (draw.samples(count, mean=10.0, deviation=0.01) for count in (70, 50))
+    exact = (queries.double().unsqueeze(1) - prototypes.double()).square().sum(-1) ** power
+    distances = module.pairwise_distance(queries, prototypes, metric=metric)
+    assert ((distances - exact) / exact).abs().max() < 1e-4
+
+
+@each_module
+@each_metric
+def test_logits_of_ten_thousand_give_finite_losses(module, metric):
+    queries, prototypes = points(queries=50, classes=7)
+    targets = torch.arange(50) % 7
+    temperature = module.pairwise_distance(queries, prototypes, metric=metric).max().detach() / 1e4
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (queries, prototypes)]
+        loss = module.prototype_cross_entropy(*inputs, targets, metric=metric, temperature=temperature)
+        assert loss.isfinite() and loss > 100
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, inputs))
+
+
+@each_module
 def test_cosine_at_the_zero_vector(module):
     queries = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
     prototypes = torch.tensor([[0.0, 0.0], [4.0, 3.0], [-3.0, -4.0]], requires_grad=True)
@@ -269,3 +298,178 @@ def test_nearest_prototype_sorts_the_distances(module, metric, pair, data):
     everything = module.pairwise_distance(queries, prototypes, metric=metric)
     assert_close(distances, everything.sort(-1).values[:, :k])
     assert_close(everything.gather(-1, indices), distances)
+
+
+# Many classes: they pass by in blocks of 2¹⁸ distances
+
+
+def many(dtype=torch.float32, empty=()):
+    """More queries and more classes than one block holds."""
+    draw = Draw(Sizes(samples=600, others=530, features=12, classes=600), dtype)
+    queries, prototypes, targets = draw.samples(530), draw.samples(600), draw.labels(530)
+    prototypes[list(empty)] = math.nan
+    return queries, prototypes, targets
+
+
+def values_and_gradients(function, *tensors):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    value = function(*leaves)
+    return value, *torch.autograd.grad(value, leaves, random_like(value.detach(), 0))
+
+
+@each_metric
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "ignore_index": 3, "reduction": "none"}], ids=str)
+def test_cross_entropy_of_many_classes(metric, options):
+    queries, prototypes, targets = many(torch.float64, empty=(0, 517, 599))
+    targets = torch.where((targets == 0) | (targets == 517) | (targets == 599), 3, targets)
+    temperature = torch.tensor(3.0 if metric != "cosine" else 0.2, dtype=torch.float64)
+    found = []
+    for module in (fastda, fastda.reference):
+
+        def loss(queries, prototypes, temperature, module=module):
+            return module.prototype_cross_entropy(
+                queries, prototypes, targets, metric=metric, temperature=temperature, **options
+            )
+
+        found.append(values_and_gradients(loss, queries, prototypes, temperature))
+    assert_close(*found)
+
+
+def test_accuracy_of_a_cross_entropy_of_many_classes():
+    queries, prototypes, targets = (x[:90] if i != 1 else x[:200] for i, x in enumerate(many()))
+    functions = (
+        lambda module=module, **tensors: module.prototype_cross_entropy(targets=targets % 200, temperature=3.0, **tensors)
+        for module in (fastda, fastda.reference)
+    )
+    assert_as_accurate_as_reference(*functions, {"queries": queries + 100, "prototypes": prototypes + 100})
+
+
+@each_metric
+@pytest.mark.parametrize("name", ["pairwise_distance", "prototype_softmax", "prototype_log_softmax"])
+def test_softmax_and_distances_of_many_classes(metric, name):
+    queries, prototypes, _ = many(torch.float64, empty=(5,))
+    options = {"metric": metric} | ({} if name == "pairwise_distance" else {"temperature": 4.0})
+    found = []
+    for module in (fastda, fastda.reference):
+
+        def finite(queries, prototypes, module=module):
+            return getattr(module, name)(queries, prototypes, **options).nan_to_num(0.0, 0.0, 0.0)
+
+        found.append(values_and_gradients(finite, queries, prototypes))
+    assert_close(*found)
+
+
+@each_metric
+def test_nearest_of_many_classes(metric):
+    queries, prototypes, _ = many(torch.float64, empty=(0, 517))
+    prototypes[598] = prototypes[11]  # a tie between the first block and the last
+    queries[3], queries[529] = prototypes[598], prototypes[520]
+    found = []
+    for module in (fastda, fastda.reference):
+        leaves = [x.clone().requires_grad_() for x in (queries, prototypes)]
+        distances, indices = module.nearest_prototype(*leaves, metric=metric, k=3)
+        incoming = random_like(distances.detach(), 0)
+        found.append((distances, indices, *torch.autograd.grad(distances, leaves, incoming)))
+    assert found[0][1][3, 0] == 11 and found[0][1][529, 0] == 520
+    assert torch.equal(found[0][1], found[1][1])
+    assert_close(found[0], found[1])
+
+
+def test_an_episode_of_many_classes():
+    draw = Draw(Sizes(samples=700, others=60, features=8, classes=300), torch.float64)
+    support, labels, queries, targets = draw.samples(700), draw.labels(700), draw.samples(60), draw.labels(60)
+    found = []
+    for module in (fastda, fastda.reference):
+        leaves = [x.clone().requires_grad_() for x in (support, queries)]
+        loss = module.prototypical_loss(leaves[0], labels, leaves[1], targets, 300)
+        found.append((loss, *torch.autograd.grad(loss, leaves)))
+        with pytest.raises(IndexError, match="^query_labels: expected labels in 0 ... 299 .* got -1;"):
+            module.prototypical_loss(support, labels, queries, targets.clone().fill_(-1), 300)
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_memory_of_a_cross_entropy_over_a_million_classes(classes):
+    """Beyond inputs and gradients less than 64 MB for a million; queries × classes alone is 256 MB."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(64, 128, generator=generator).requires_grad_()
+    prototypes = torch.randn(classes, 128, generator=generator).requires_grad_()
+    targets = torch.randint(classes, (64,), generator=generator)
+    used = memory(fastda.prototype_cross_entropy, (queries, prototypes, targets), "cpu")
+    assert used["peak"] > prototypes.numel() * 4  # the gradient, which is not counted below
+    assert used["extra"] < 64e6 * max(classes / 1e6, 0.2)
+
+
+@pytest.mark.parametrize("op", ["prototype_cross_entropy", "nearest_prototype"])
+def test_half_precision_of_many_classes_is_that_of_float32(op):
+    """Features are raised block by block."""
+    queries, prototypes, targets = many(torch.bfloat16, empty=(7,))
+    arguments = (queries, prototypes, *([targets.clamp_min(8)] if op == "prototype_cross_entropy" else []))
+    raised = tuple(x.float() if x.is_floating_point() else x for x in arguments)
+    assert_close(getattr(fastda, op)(*arguments), getattr(fastda, op)(*raised))
+
+
+# Other libraries, each under its own convention, on an episode small enough to be worked out by hand:
+# class 0 has its mean at (1, 0), class 1 at (0, 4); the query (1, 1) is at squared distances 1 and 10 from them.
+
+SUPPORT = torch.tensor([[0.0, 3.0], [0.0, 0.0], [2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
+LABELS = torch.tensor([1, 0, 0, 1])
+QUERY = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+
+
+def gradients_of_episode(module, **options):
+    support, query = SUPPORT.clone().requires_grad_(), QUERY.clone().requires_grad_()
+    loss = module.prototypical_loss(support, LABELS, query, torch.tensor([0]), 2, **options)
+    return loss, *torch.autograd.grad(loss, (support, query))
+
+
+@each_module
+@pytest.mark.parametrize("peer", ["easyfsl", "learn2learn and torchmeta"])
+def test_an_episode_by_hand(module, peer):
+    """easyfsl's logits are −‖q − p‖, learn2learn's and torchmeta's −‖q − p‖²."""
+    root = math.sqrt(10.0)
+    other = 1 / (1 + math.exp(root - 1 if peer == "easyfsl" else 9.0))  # the probability of class 1
+    loss, of_support, of_query = gradients_of_episode(module, metric="euclidean" if peer == "easyfsl" else "sqeuclidean")
+    assert loss.item() == pytest.approx(math.log1p(math.exp(1 - root if peer == "easyfsl" else -9.0)), rel=1e-12)
+    # ∂loss/∂d is `other` for class 0 and −`other` for class 1; ∂d/∂q is (0, 1) and (1, −3)/√10, or twice (0, 1) and (1, −3)
+    near, far = ((0.0, 1.0), (1 / root, -3 / root)) if peer == "easyfsl" else ((0.0, 2.0), (2.0, -6.0))
+    assert of_query[0].tolist() == pytest.approx([other * (a - b) for a, b in zip(near, far)], rel=1e-12)
+    for sample, label in enumerate(LABELS.tolist()):
+        by_distance, slope = (other, near) if label == 0 else (-other, far)
+        assert of_support[sample].tolist() == pytest.approx([-by_distance * x / 2 for x in slope], rel=1e-12)
+
+
+@each_module
+def test_class_means_of_other_libraries(module):
+    """easyfsl: NaN for a gap in the labels; torchmeta: zeros; learn2learn: the sorted labels that occur, numbered anew."""
+    labels = 2 * LABELS  # 0 and 2
+    means = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    gap = torch.full((1, 2), math.nan, dtype=torch.float64)
+    easyfsl = module.class_means(SUPPORT, labels, 3)
+    assert_close(easyfsl, torch.cat([means[:1], gap, means[1:]]), equal_nan=True)
+    torchmeta = module.class_means(SUPPORT, labels, 3, empty="zero")
+    assert_close(torchmeta, torch.cat([means[:1], torch.zeros_like(gap), means[1:]]))
+    known, renumbered = labels.unique(return_inverse=True)
+    assert_close(module.class_means(SUPPORT, renumbered, len(known)), means)
+
+
+@each_module
+@given(shots=st.integers(1, 4), queries=st.integers(1, 6), classes=st.integers(2, 6), seed=st.integers(0, 2**16))
+def test_episodes_under_the_conventions_of_other_libraries(module, shots, queries, classes, seed):
+    """Their formulas written out, in float64, on a batch of two episodes."""
+    sizes = Sizes(batch=(2,), samples=shots * classes, others=queries, features=5, classes=classes)
+    draw = Draw(sizes, torch.float64, seed)
+    support, labels, query, targets = draw.samples(shots * classes), draw.labels(shots * classes), draw.samples(queries), draw.labels(queries)
+    members = F.one_hot(labels, classes).double()
+    means = members.mT @ support / members.sum(1).unsqueeze(-1)
+    squared = torch.stack([((query - means[:, c : c + 1]) ** 2).sum(-1) for c in range(classes)], 1)  # (B, C, Q), torchmeta's
+    assert_close(module.prototypical_loss(support, labels, query, targets, classes), F.cross_entropy(-squared, targets))
+    roots = squared.mT.sqrt().flatten(0, 1)  # (B·Q, C), easyfsl's
+    for temperature in (1.0, 0.4):  # easyfsl multiplies by it
+        got = module.prototypical_loss(
+            support, labels, query, targets, classes, metric="euclidean", temperature=1 / temperature
+        )
+        assert_close(got, F.cross_entropy(-temperature * roots, targets.flatten()))
+    similarity = F.cosine_similarity(query.unsqueeze(2), means.unsqueeze(1), dim=-1)  # easyfsl's "cosine distance"
+    got = module.prototypical_loss(support, labels, query, targets, classes, metric="cosine")
+    assert_close(got, F.cross_entropy(similarity.flatten(0, 1), targets.flatten()))

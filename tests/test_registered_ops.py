@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ops_under_test import METRICS, REDUCTIONS, Draw, Sizes
-from tolerance import is_floating, random_like
+from tolerance import as_tuple, is_floating, random_like
 from torch import Tensor
 
 import fastda
@@ -147,7 +147,7 @@ def samples(name: str):
             if name == forward:
                 yield op, torch.utils._pytree.tree_map_only(Tensor, asking, sample)
                 continue
-            results = op(*sample)
+            results = as_tuple(op(*sample))
             values = sum(argument.name.startswith("grad_") for argument in backward._schema.arguments)
             grads, saved = [random_like(value, i) for i, value in enumerate(results[:values])], results[values:]
             tensors = [x for x in sample if isinstance(x, torch.Tensor)]

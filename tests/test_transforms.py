@@ -239,6 +239,7 @@ def test_autocast_changes_nothing(op, module):
         "coral_loss",
         "deep_coral_loss",
         "prototypical_loss",
+        "prototype_cross_entropy",
         "domain_adversarial_loss",
         "gradient_reversal",
         "gradient_reversal_fork",

@@ -13,6 +13,11 @@ struct Grid {
 
   static Vector load(const T* x) { return *reinterpret_cast<const Vector*>(x); }
   static void store(T* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
+  // Stores a value, or adds it; no more than `width` of its lanes.
+  static void put(Vector value, bool add, T* to, int64_t width) {
+    if (width >= lanes) return store(to, add ? load(to) + value : value);
+    for (int64_t c = 0; c < width; ++c) to[c] = (add ? to[c] : T(0)) + value[c];
+  }
 };
 
 // Of two vectors one, that holds the sums of neighbouring groups of `group` lanes, those of a before those of b.
@@ -113,17 +118,6 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
   }
 }
 
-// Samples in panels, each one vector wide, for sum_samples: packed[(d / lanes · samples + sample) · lanes + d % lanes].
-template <typename T>
-void pack_samples(const T* y, int64_t stride, int64_t samples, int64_t begin, int64_t end, T* packed) {
-  using G = Grid<T>;
-  for (int64_t sample = 0; sample < samples; ++sample) {
-    for (int64_t d = begin; d < end; d += G::lanes) {
-      G::store(packed + (d / G::lanes * samples + sample) * G::lanes, G::load(y + sample * stride + d));
-    }
-  }
-}
-
 // One vector of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own.
 template <typename T, bool product, int rows>
 void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_step, int64_t samples,
@@ -141,40 +135,28 @@ void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* 
   }
 }
 
-// How samples y are laid out: row by row (step: the stride; panel: a vector) or by pack_samples.
-template <typename T>
-struct Layout {
-  const T* data;
-  int64_t step, panel;
-};
-
 // out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for all rows x and the columns begin to end, or added to it. w of row r and sample k:
 // w[r · w_row + k · w_step]. Columns from `width` on are filling, and not written.
 template <typename T, bool product, int rows>
-void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, Layout<T> y,
-                    int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out, int64_t out_stride) {
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
+                    int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
+                    int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t chunk = 256;  // of samples: a panel of them stays in the first cache
+  constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
   typename G::Vector sum[rows];
   const T *x_rows[rows], *w_rows[rows];
   for (int64_t k = 0; k < samples || k == 0; k += chunk) {
     const int64_t some = least(chunk, samples - k);
     for (int64_t d = begin; d < end; d += G::lanes) {
-      const T* from = y.data + d / G::lanes * y.panel + k * y.step;
       for (int64_t i = 0; i < count; i += rows) {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = least(i + r, count - 1);
           x_rows[r] = x + row * x_stride + d;
           w_rows[r] = w + row * w_row + k * w_step;
         }
-        sum_samples<T, product, rows>(x_rows, w_rows, w_step, from, y.step, some, sum);
+        sum_samples<T, product, rows>(x_rows, w_rows, w_step, y + k * y_stride + d, y_stride, some, sum);
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
-          T* to = out + (i + r) * out_stride + d;
-          if (d + G::lanes <= width) {
-            G::store(to, add || k > 0 ? G::load(to) + sum[r] : sum[r]);
-          } else {
-            for (int64_t c = 0; c < width - d; ++c) to[c] = (add || k > 0 ? to[c] : T(0)) + sum[r][c];
-          }
+          G::put(sum[r], add || k > 0, out + (i + r) * out_stride + d, width - d);
         }
       }
     }
@@ -182,31 +164,109 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
 }
 
 template <typename T, bool product>
-void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, Layout<T> y,
-                    int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out, int64_t out_stride) {
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
+                    int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
+                    int64_t out_stride) {
   constexpr int64_t many = FASTDA_VECTOR_BYTES == 64 ? 10 : 5, few = 5;  // as many as the registers hold
-  const int64_t rest = count % many, whole = rest > 0 && rest <= few ? count - rest : count;
+  const int64_t rest = count % many, whole = rest <= few ? count - rest : count;
   if (whole > 0) {
-    sum_samples_of<T, product, many>(x, x_stride, whole, w, w_row, w_step, y, samples, begin, end, width, add, out, out_stride);
+    sum_samples_of<T, product, many>(x, x_stride, whole, w, w_row, w_step, y, y_stride, samples, begin, end, width, add, out,
+                                     out_stride);
   }
   if (whole < count) {
-    sum_samples_of<T, product, few>(x + whole * x_stride, x_stride, rest, w + whole * w_row, w_row, w_step, y, samples, begin,
-                                    end, width, add, out + whole * out_stride, out_stride);
+    sum_samples_of<T, product, few>(x + whole * x_stride, x_stride, rest, w + whole * w_row, w_row, w_step, y, y_stride, samples,
+                                    begin, end, width, add, out + whole * out_stride, out_stride);
   }
 }
 
 template <typename T>
 void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
-                    Layout<T> y, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
+                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
                     int64_t out_stride) {
-  if (product) {
-    sum_samples_of<T, true>(x, x_stride, count, w, w_row, w_step, y, samples, begin, end, width, add, out, out_stride);
-  } else {
-    sum_samples_of<T, false>(x, x_stride, count, w, w_row, w_step, y, samples, begin, end, width, add, out, out_stride);
+  const auto run = product ? &sum_samples_of<T, true> : &sum_samples_of<T, false>;
+  run(x, x_stride, count, w, w_row, w_step, y, y_stride, samples, begin, end, width, add, out, out_stride);
+}
+
+// Many rows and many samples: Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with a centre c of the samples, the last sum
+// from packed samples.
+
+// Samples less their centre in panels of two vectors: packed[(d / panel · samples + k) · panel + d % panel], for the columns from
+// begin to end, of which `depth` are there.
+template <typename T>
+void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, int64_t begin, int64_t end, int64_t depth,
+                  T* packed) {
+  using G = Grid<T>;
+  constexpr int64_t panel = 2 * G::lanes;
+  for (int64_t d = begin; d < end; d += G::lanes) {
+    T* to = packed + d / panel * samples * panel + d % panel;
+    const bool there = d < depth;
+    const typename G::Vector middle = there ? G::load(centre + d) : typename G::Vector{};
+    for (int64_t k = 0; k < samples; ++k) {
+      G::store(to + k * panel, there ? G::load(y + k * stride + d) - middle : typename G::Vector{});
+    }
+  }
+}
+
+template <typename T, int rows>
+void weigh_panel(const T* const* w, int64_t w_step, const T* y, int64_t samples, typename Grid<T>::Vector (*sum)[2]) {
+  using G = Grid<T>;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = typename G::Vector{};
+  for (int64_t k = 0; k < samples; ++k, y += 2 * G::lanes) {
+    const typename G::Vector first = G::load(y), second = G::load(y + G::lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const T weight = w[r][k * w_step];
+      sum[r][0] += weight * first;
+      sum[r][1] += weight * second;
+    }
+  }
+}
+
+// As sum_samples_of, with packed samples; totals holds Σ_k w_k of each row.
+template <typename T>
+void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
+                   const T* totals, const T* packed, const T* centre, int64_t samples, int64_t begin, int64_t end, int64_t width,
+                   bool add, T* out, int64_t out_stride) {
+  using G = Grid<T>;
+  constexpr int64_t rows = 6, panel = 2 * G::lanes, chunk = 128;
+  typename G::Vector sum[rows][2];
+  const T* w_rows[rows];
+  for (int64_t k = 0; k < samples; k += chunk) {
+    for (int64_t d = begin; d < end; d += panel) {
+      const T* y = packed + d / panel * samples * panel + k * panel;
+      for (int64_t i = 0; i < count; i += rows) {
+        for (int64_t r = 0; r < rows; ++r) w_rows[r] = w + least(i + r, count - 1) * w_row + k * w_step;
+        weigh_panel<T, rows>(w_rows, w_step, y, least(chunk, samples - k), sum);
+        for (int64_t r = 0; r < least(rows, count - i); ++r) {
+          for (int64_t v = 0; v < 2; ++v) {
+            const int64_t column = d + v * G::lanes;
+            if (column >= width) break;
+            typename G::Vector value = product ? sum[r][v] : -sum[r][v];
+            if (!product && k == 0) value += (G::load(x + (i + r) * x_stride + column) - G::load(centre + column)) * totals[i + r];
+            G::put(value, add || k > 0, out + (i + r) * out_stride + column, width - column);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Σ_k w_k of some rows.
+template <typename T>
+void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, int64_t samples, T* totals) {
+  constexpr int64_t block = 16;
+  for (int64_t i = 0; i < rows; i += block) {
+    double sum[block] = {};
+    const int64_t some = least(block, rows - i);
+    for (int64_t k = 0; k < samples; ++k) {
+      for (int64_t r = 0; r < some; ++r) sum[r] += static_cast<double>(w[(i + r) * w_row + k * w_step]);
+    }
+    for (int64_t r = 0; r < some; ++r) totals[i + r] = static_cast<T>(sum[r]);
   }
 }
 
 template <typename T>
-void vector_lanes(int64_t* lanes) {
-  *lanes = Grid<T>::lanes;
+void panel_width(int64_t* width) {
+  *width = 2 * Grid<T>::lanes;
 }

@@ -32,6 +32,23 @@ Search search_of(const Tensor& queries, const Tensor& prototypes, int64_t k, c10
   return {batch_size(queries, 2), queries.size(-2), prototypes.size(-2), queries.size(-1), k, metric_of(metric)};
 }
 
+// Runs over the prototypes of an element of the batch in blocks.
+template <typename T, typename F>
+void for_blocks(const Tensor& p, int64_t b, const Search& n, const F& each) {
+  const int64_t at_once = block_values / std::max<int64_t>(1, std::min(n.queries, most_queries));
+  for (int64_t first = 0; first < n.classes; first += at_once) {
+    each(first, Points<T>::prototypes(p, b, first, std::min(first + at_once, n.classes), n.metric));
+  }
+}
+
+// Runs over the queries in blocks.
+template <typename F>
+void for_blocks(const Search& n, const F& each) {
+  for (int64_t begin = 0; begin < n.queries; begin += most_queries) {
+    each(Range{begin, std::min(begin + most_queries, n.queries)});
+  }
+}
+
 std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& queries, const Tensor& prototypes, int64_t k, c10::string_view metric) {
   const KernelGuard guard;
   const Search n = search_of(queries, prototypes, k, metric);
@@ -42,28 +59,24 @@ std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& queries, const Tensor
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric);
-      const int64_t some_queries = std::min(n.queries, most_queries);
-      const int64_t at_once = std::min(n.classes, block_values / std::max<int64_t>(1, some_queries));
-      const Scratch<T> block(some_queries * at_once);
+      const Scratch<T> block(block_values + most_queries);
       T* nearest = data<T>(best) + b * n.queries * k;
       int64_t* which = data<int64_t>(index) + b * n.queries * k;
       std::vector<int64_t> kept(n.queries), last;  // last: the first empty classes
-      for (int64_t first = 0; first < n.classes; first += at_once) {
-        const auto to = Points<T>::prototypes(p, b, first, std::min(first + at_once, n.classes), n.metric);
+      for_blocks<T>(p, b, n, [&](int64_t first, const Points<T>& to) {
         for (int64_t c = 0; to.empty() && c < to.count() && static_cast<int64_t>(last.size()) < k; ++c) {
           if (to.is_empty(c)) last.push_back(first + c);
         }
-        for (int64_t begin = 0; begin < n.queries; begin += most_queries) {
-          const Range some{begin, std::min(begin + most_queries, n.queries)};
+        for_blocks(n, [&](Range some) {
           find_distances(from, some, to, n.metric, block.data(), to.count());
-          at::parallel_for(some.begin, some.end, thread_grain(to.count() * 4), [&](int64_t from_query, int64_t to_query) {
-            for (int64_t i = from_query; i < to_query; ++i) {
-              FASTDA_RUN(keep_nearest(block.data() + (i - begin) * to.count(), to.empty(), to.count(), first, k, nearest + i * k,
-                                      which + i * k, &kept[i]));
+          at::parallel_for(some.begin, some.end, thread_grain(to.count() * 4), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              FASTDA_RUN(keep_nearest(block.data() + (i - some.begin) * to.count(), to.empty(), to.count(), first, k,
+                                      nearest + i * k, which + i * k, &kept[i]));
             }
           });
-        }
-      }
+        });
+      });
       for (int64_t i = 0; i < n.queries; ++i) {
         for (int64_t j = kept[i]; j < k; ++j) {
           nearest[i * k + j] = std::numeric_limits<T>::quiet_NaN();
@@ -87,6 +100,31 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>> by_class(const int64_t* i
   return {order, starts};
 }
 
+// The gradients by way of all classes: where features are not finite, a class that is no neighbour gets 0 · Inf.
+template <typename T>
+void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const Search& n, const T* incoming, const int64_t* which,
+                      T* grad_queries, T* grad_prototypes) {
+  const Scratch<T> weights(block_values + most_queries), grads(block_values + most_queries);
+  for_blocks<T>(p, b, n, [&](int64_t first, const Points<T>& to) {
+    T* of_block = grad_prototypes ? grad_prototypes + first * n.features : nullptr;
+    for_blocks(n, [&](Range some) {
+      find_distances(from, some, to, n.metric, weights.data(), to.count());
+      std::fill(grads.data(), grads.data() + some.size() * to.count(), T(0));
+      for (int64_t i = some.begin; i < some.end; ++i) {
+        T* grad = grads.data() + (i - some.begin) * to.count();
+        for (int64_t j = i * n.k; j < (i + 1) * n.k; ++j) {
+          if (first <= which[j] && which[j] < first + to.count()) grad[which[j] - first] = incoming[j];
+        }
+        T* row = weights.data() + (i - some.begin) * to.count();
+        FASTDA_RUN(weights_from_distances(row, to.empty(), to.count(), n.metric, grad));
+      }
+      gradients_from_weights(from, some, to, weights.data(), n.metric, first > 0, grad_queries, some.begin > 0, of_block);
+    });
+    if (of_block) finish_prototypes(to, of_block);
+  });
+  if (grad_queries) from.through_directions(0, n.queries, grad_queries);
+}
+
 std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distances, const Tensor& queries, const Tensor& prototypes,
                                                       const Tensor& indices, int64_t k, c10::string_view metric, bool need_queries,
                                                       bool need_prototypes) {
@@ -106,6 +144,11 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
       const T* incoming = grad.const_data_ptr<T>() + b * n.queries * k;
       const int64_t* which = index.const_data_ptr<int64_t>() + b * n.queries * k;
       for (int64_t i = 0; i < n.queries * k; ++i) check_label("indices", which[i], n.classes);
+      T *grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
+      T *grad_prototypes = need_prototypes ? data<T>(of_prototypes) + b * n.classes * n.features : nullptr;
+      bool finite = is_finite(from, {0, n.queries});
+      for_blocks<T>(p, b, n, [&](int64_t, const Points<T>& to) { finite = finite && is_finite(to, {0, to.count()}); });
+      if (!finite) return gradients_of_all(from, p, b, n, incoming, which, grad_queries, grad_prototypes);
       const auto neighbour = [&](int64_t i) { return Points<T>::prototypes(p, b, which[i], which[i] + 1, n.metric); };
       const Scratch<T> weights(n.queries * k);
       at::parallel_for(0, n.queries, thread_grain(k * n.features * 4), [&](int64_t begin, int64_t end) {
@@ -116,7 +159,7 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
           find_distances(from, query, to, n.metric, weight, 1);
           FASTDA_RUN(weights_from_distances(weight, to.empty(), 1, n.metric, incoming + i));
           if (!need_queries) continue;
-          T* out = data<T>(of_queries) + (b * n.queries + i / k) * n.features;
+          T* out = grad_queries + i / k * n.features;
           sum_differences(from, query, to, {0, 1}, {weight, 1, 1}, n.metric, true, out);
           if (i % k == k - 1) from.through_directions(i / k, i / k + 1, out);
         }
@@ -128,7 +171,7 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
                        [&, &order = order, &starts = starts](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
           const auto to = neighbour(order[starts[c]]);
-          T* out = data<T>(of_prototypes) + (b * n.classes + which[order[starts[c]]]) * n.features;
+          T* out = grad_prototypes + which[order[starts[c]]] * n.features;
           for (int64_t i = starts[c]; i < starts[c + 1]; ++i) {
             const int64_t query = order[i] / k;
             sum_differences(to, {0, 1}, from, {query, query + 1}, {weights.data() + order[i], 1, 1}, n.metric, true, out);

@@ -159,39 +159,68 @@ struct Weights {
   int64_t row, step;
 };
 
+template <typename T>
+bool is_finite(const Points<T>& x, Range rows) {
+  bool finite = true;
+  for (int64_t i = rows.begin; i < rows.end && finite; ++i) FASTDA_RUN(all_finite(x.row(i), x.features(), &finite));
+  return finite;
+}
+
+constexpr int64_t rows_at_once = 120;  // of a sum over samples
+
+// Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, where there are many rows x and many samples y.
+template <typename T>
+void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric, bool add, T* out) {
+  constexpr int64_t of_centre = 16;  // so many samples make the centre: near is enough
+  const bool product = metric == Metric::cosine;
+  const int64_t count = samples.size(), depth = y.depth();
+  int64_t panel = 0;
+  FASTDA_RUN(panel_width<T>(&panel));
+  const int64_t columns_at_once = 4 * panel, width = blocks(depth, panel) * panel;
+  std::vector<T> centre(width), totals(rows.size());
+  for (int64_t k = 0; !product && k < std::min(of_centre, count); ++k) {
+    for (int64_t d = 0; d < depth; ++d) centre[d] += y.row(samples.begin + k)[d] / static_cast<T>(std::min(of_centre, count));
+  }
+  const Scratch<T> packed(count * width);
+  at::parallel_for(0, blocks(width, columns_at_once), grain(count * columns_at_once), [&](int64_t begin, int64_t end) {
+    FASTDA_RUN(pack_samples(y.row(samples.begin), y.stride(), count, centre.data(), begin * columns_at_once,
+                            std::min(end * columns_at_once, width), depth, packed.data()));
+  });
+  if (!product) {
+    at::parallel_for(0, rows.size(), thread_grain(count), [&](int64_t begin, int64_t end) {
+      FASTDA_RUN(totals_of_weights(w.data + begin * w.row, w.row, w.step, end - begin, count, totals.data() + begin));
+    });
+  }
+  const int64_t row_blocks = blocks(rows.size(), rows_at_once), column_blocks = blocks(width, columns_at_once);
+  at::parallel_for(0, row_blocks * column_blocks, thread_grain(rows_at_once * columns_at_once * count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
+      FASTDA_RUN(weigh_samples(product, x.row(rows.begin + row), x.stride(), std::min(rows_at_once, rows.size() - row),
+                               w.data + row * w.row, w.row, w.step, totals.data() + row, packed.data(), centre.data(), count,
+                               column, std::min(column + columns_at_once, width), x.features(), add, out + row * x.features(),
+                               x.features()));
+    }
+  });
+}
+
 // out = Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, for some rows x and some samples y, or added to it. out is dense.
 template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric, bool add,
                      T* out) {
-  constexpr int64_t rows_at_once = 120, worth_packing = 40;
-  const int64_t lanes = vector_bytes / sizeof(T), columns_at_once = 8 * lanes, count = samples.size();
-  const bool pack = rows.size() >= worth_packing;
-  int64_t panel = 0;
-  FASTDA_RUN(vector_lanes<T>(&panel));
-  const Scratch<T> packed(pack ? count * y.depth() : 0);
-  if (pack) {
-    at::parallel_for(0, blocks(y.depth(), columns_at_once), grain(count * columns_at_once), [&](int64_t begin, int64_t end) {
-      FASTDA_RUN(pack_samples(y.row(samples.begin), y.stride(), count, begin * columns_at_once,
-                              std::min(end * columns_at_once, y.depth()), packed.data()));
-    });
+  constexpr int64_t worth_packing = 40;
+  if (std::min(rows.size(), samples.size()) >= worth_packing && is_finite(x, rows) && is_finite(y, samples)) {
+    return sum_packed(x, rows, y, samples, w, metric, add, out);
   }
+  const int64_t columns_at_once = 8 * vector_bytes / sizeof(T), count = samples.size();
   const int64_t row_blocks = blocks(rows.size(), rows_at_once), column_blocks = blocks(x.depth(), columns_at_once);
   const int64_t work = std::min(rows.size(), rows_at_once) * columns_at_once * count;
   at::parallel_for(0, row_blocks * column_blocks, thread_grain(work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
-      const int64_t some = std::min(rows_at_once, rows.size() - row);
-      const T *points = x.row(rows.begin + row), *weights = w.data + row * w.row;
-      T* to = out + row * x.features();
-      if (pack) {
-        FASTDA_RUN(sum_samples_of(metric == Metric::cosine, points, x.stride(), some, weights, w.row, w.step,
-                                  {packed.data(), panel, count * panel}, count, column,
-                                  std::min(column + columns_at_once, x.depth()), x.features(), add, to, x.features()));
-      } else {
-        FASTDA_RUN(sum_samples_of(metric == Metric::cosine, points, x.stride(), some, weights, w.row, w.step,
-                                  {y.row(samples.begin), y.stride(), panel}, count, column,
-                                  std::min(column + columns_at_once, x.depth()), x.features(), add, to, x.features()));
-      }
+      FASTDA_RUN(sum_samples_of(metric == Metric::cosine, x.row(rows.begin + row), x.stride(),
+                                std::min(rows_at_once, rows.size() - row), w.data + row * w.row, w.row, w.step,
+                                y.row(samples.begin), y.stride(), count, column, std::min(column + columns_at_once, x.depth()),
+                                x.features(), add, out + row * x.features(), x.features()));
     }
   });
 }

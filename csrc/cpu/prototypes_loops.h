@@ -107,13 +107,13 @@ void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric m
   for (int64_t c = 0; empty && c < classes; ++c) {
     if (empty[c]) of_logit[c] = 0;
   }
-  T total = 0;
+  double total = 0;  // its terms cancel
 #pragma omp simd reduction(+ : total)
   for (int64_t c = 0; c < classes; ++c) {
-    total += of_logit[c] * (row[c] / temperature);
+    total += static_cast<double>(of_logit[c]) * static_cast<double>(row[c]);
     row[c] = weight(-of_logit[c] / temperature, row[c], metric);
   }
-  *slope += total / temperature;
+  *slope += static_cast<T>(total / (static_cast<double>(temperature) * static_cast<double>(temperature)));
 }
 
 // Distances become weights, by ∂L/∂d.
@@ -141,6 +141,14 @@ template <typename T>
 void through_cross_entropy(T* l, int64_t classes, T largest, T log_sum, T grad, T spread) {
 #pragma omp simd
   for (int64_t c = 0; c < classes; ++c) l[c] = grad * (exponential((l[c] - largest) - log_sum) - spread);
+}
+
+template <typename T>
+void all_finite(const T* x, int64_t count, bool* result) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * 0;
+  *result = sum == 0;
 }
 
 // a comes before b: numbers in order, NaN last.

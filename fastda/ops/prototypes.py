@@ -37,14 +37,6 @@ def _gradients_fake(*inputs_and_needs):
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
 
 
-def _reduced(losses: Tensor, reduction: str, count: Tensor | int) -> Tensor:
-    """Each batch element's losses, reduced over its queries."""
-    if reduction == "none":
-        return losses
-    total = losses.sum(-1)
-    return total / count if reduction == "mean" else total
-
-
 def _class_means_fake(support, labels, num_classes, empty):
     *batch, _, num_features = support.shape
     return accumulate(support).new_empty(*batch, num_classes, num_features), labels.new_empty(*batch, num_classes)
@@ -108,7 +100,9 @@ def _cross_entropy_formula(
     queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric, reduction
 ):
     losses, kept = class_losses(queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric)
-    return _reduced(losses, reduction, kept.sum(-1))
+    if reduction == "none":
+        return losses
+    return losses.sum(-1) / kept.sum(-1) if reduction == "mean" else losses.sum(-1)
 
 
 # present: how many classes are not empty; kept: how many queries are not ignored.
@@ -147,7 +141,9 @@ def _prototypical_formula(
     with no_autocast(queries):
         logits, _ = class_logits(queries, prototypes, metric, temperature)
         losses = -logits.log_softmax(-1).gather(-1, query_labels.unsqueeze(-1)).squeeze(-1)
-        return _reduced(losses, reduction, queries.shape[-2])
+        if reduction == "none":
+            return losses
+        return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
 
 
 # temperature: one an episode. prototypes: NaN for a class without support. weights: what the difference of a query from a
