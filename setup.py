@@ -18,8 +18,9 @@ WITHOUT_COMPILING = {"egg_info", "dist_info", "sdist"}
 
 # Apple's clang has no OpenMP: the kernels use one thread there, and `fastda doctor` says so.
 OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
-# Without traps a comparison can become a vector operation; NaN and Inf are kept, unlike under -ffast-math.
-OPTIONS = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-trapping-math", "-g0", "-Wall", "-fvisibility=hidden"]
+# Nobody asks the kernels for errno or for floating-point exceptions; NaN and Inf stay what they are.
+VECTORISED = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+OPTIONS = ["/O2"] if sys.platform == "win32" else [*VECTORISED, "-g0", "-Wall", "-fvisibility=hidden"]
 
 
 # Where no architectures are chosen and none can be asked for: those that most machines have, and code for newer ones.

@@ -1,8 +1,8 @@
 // Sums over features of queries against prototypes, and over samples of their differences; compiled once for each
 // instruction set by for_each_isa.h.
 //
-// Distances and gradients are taken from the differences q − p themselves: exact where ‖q‖² − 2q·p + ‖p‖² cancels, and as
-// fast where a processor adds beside its multiplications. Rows hold whole vectors, filled up with zeros.
+// Distances and gradients are taken from the differences q − p themselves: exact where ‖q‖² − 2q·p + ‖p‖² cancels, and
+// as fast where a processor adds beside its multiplications. Rows hold whole vectors, filled up with zeros.
 
 template <typename T>
 struct Grid {
@@ -24,7 +24,8 @@ struct Grid {
 template <int group, typename Vector, size_t... lane>
 Vector fold(Vector a, Vector b, std::index_sequence<lane...>) {
   constexpr int lanes = sizeof...(lane);
-  const Vector first = FASTDA_SHUFFLE(a, b, int(lane / (2 * group) * 2 * group + lane % group + lane / group % 2 * lanes)...);
+  const Vector first =
+      FASTDA_SHUFFLE(a, b, int(lane / (2 * group) * 2 * group + lane % group + lane / group % 2 * lanes)...);
   const Vector second =
       FASTDA_SHUFFLE(a, b, int(lane / (2 * group) * 2 * group + lane % group + lane / group % 2 * lanes + group)...);
   return first + second;
@@ -41,9 +42,10 @@ void fold_all(Vector* x) {
   }
 }
 
-// The sum of the lanes of each vector. `out` has room for a whole number of vectors.
+// The sum of the lanes of each vector. `out` has room for a whole number of vectors. Inlined, the vectors stay in
+// registers.
 template <typename T, int count>
-void sum_lanes(const typename Grid<T>::Vector* x, T* out) {
+inline __attribute__((always_inline)) void sum_lanes(const typename Grid<T>::Vector* x, T* out) {
   constexpr int lanes = Grid<T>::lanes;
 #pragma GCC unroll 32
   for (int begin = 0; begin < count; begin += lanes) {
@@ -118,83 +120,103 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
   }
 }
 
-// One vector of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own.
-template <typename T, bool product, int rows>
-void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_step, int64_t samples,
-                 typename Grid<T>::Vector* sum) {
+// Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own.
+template <typename T, bool product, int rows, int vectors>
+void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_stride, int64_t samples,
+                 typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
-  typename G::Vector at[rows];
+  typename G::Vector at[rows][vectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) at[r] = product ? typename G::Vector{} : G::load(x[r]);
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      at[r][v] = product ? typename G::Vector{} : G::load(x[r] + v * G::lanes);
+      sum[r][v] = typename G::Vector{};
+    }
+  }
+  for (int64_t k = 0; k < samples; ++k, y += y_stride) {
+    typename G::Vector right[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) right[v] = G::load(y + v * G::lanes);
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) sum[r] = typename G::Vector{};
-  for (int64_t k = 0; k < samples; ++k, y += y_step) {
-    const typename G::Vector right = G::load(y);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) sum[r] += w[r][k * w_step] * (product ? right : at[r] - right);
+    for (int r = 0; r < rows; ++r) {
+      const T weight = w[r][k * w_step];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * (product ? right[v] : at[r][v] - right[v]);
+    }
   }
 }
 
-// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for all rows x and the columns begin to end, or added to it. w of row r and sample k:
-// w[r · w_row + k · w_step]. Columns from `width` on are filling, and not written.
-template <typename T, bool product, int rows>
+// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for all rows x and the columns begin to end, or added to it. w of row r and
+// sample k: w[r · w_row + k · w_step]. Columns from `width` on are filling, and not written.
+template <typename T, bool product, int rows, int vectors>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
                     int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
                     int64_t out_stride) {
   using G = Grid<T>;
   constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
-  typename G::Vector sum[rows];
+  typename G::Vector sum[rows][vectors];
   const T *x_rows[rows], *w_rows[rows];
   for (int64_t k = 0; k < samples || k == 0; k += chunk) {
     const int64_t some = least(chunk, samples - k);
-    for (int64_t d = begin; d < end; d += G::lanes) {
+    for (int64_t d = begin; d < end; d += vectors * G::lanes) {
       for (int64_t i = 0; i < count; i += rows) {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = least(i + r, count - 1);
           x_rows[r] = x + row * x_stride + d;
           w_rows[r] = w + row * w_row + k * w_step;
         }
-        sum_samples<T, product, rows>(x_rows, w_rows, w_step, y + k * y_stride + d, y_stride, some, sum);
+        sum_samples<T, product, rows, vectors>(x_rows, w_rows, w_step, y + k * y_stride + d, y_stride, some, sum);
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
-          G::put(sum[r], add || k > 0, out + (i + r) * out_stride + d, width - d);
+          T* to = out + (i + r) * out_stride + d;
+          for (int64_t v = 0; v < vectors && d + v * G::lanes < width; ++v) {
+            G::put(sum[r][v], add || k > 0, to + v * G::lanes, width - d - v * G::lanes);
+          }
         }
       }
     }
   }
 }
 
+// Many rows, or few with more of their columns: as much as the registers hold.
 template <typename T, bool product>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
                     int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
                     int64_t out_stride) {
-  constexpr int64_t many = FASTDA_VECTOR_BYTES == 64 ? 10 : 5, few = 5;  // as many as the registers hold
+  constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
+  constexpr int64_t many = wide ? 10 : 5, few = 5, vectors = wide ? 2 : 1;
   const int64_t rest = count % many, whole = rest <= few ? count - rest : count;
   if (whole > 0) {
-    sum_samples_of<T, product, many>(x, x_stride, whole, w, w_row, w_step, y, y_stride, samples, begin, end, width, add, out,
-                                     out_stride);
+    sum_samples_of<T, product, many, 1>(x, x_stride, whole, w, w_row, w_step, y, y_stride, samples, begin, end, width,
+                                        add, out, out_stride);
   }
-  if (whole < count) {
-    sum_samples_of<T, product, few>(x + whole * x_stride, x_stride, rest, w + whole * w_row, w_row, w_step, y, y_stride, samples,
-                                    begin, end, width, add, out + whole * out_stride, out_stride);
-  }
+  if (whole == count) return;
+  x += whole * x_stride;
+  w += whole * w_row;
+  out += whole * out_stride;
+  const int64_t middle = begin + (end - begin) / (vectors * Grid<T>::lanes) * (vectors * Grid<T>::lanes);
+  sum_samples_of<T, product, few, vectors>(x, x_stride, rest, w, w_row, w_step, y, y_stride, samples, begin, middle,
+                                           width, add, out, out_stride);
+  sum_samples_of<T, product, few, 1>(x, x_stride, rest, w, w_row, w_step, y, y_stride, samples, middle, end, width, add,
+                                     out, out_stride);
 }
 
 template <typename T>
-void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
-                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
-                    int64_t out_stride) {
+void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row,
+                    int64_t w_step, const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end,
+                    int64_t width, bool add, T* out, int64_t out_stride) {
   const auto run = product ? &sum_samples_of<T, true> : &sum_samples_of<T, false>;
   run(x, x_stride, count, w, w_row, w_step, y, y_stride, samples, begin, end, width, add, out, out_stride);
 }
 
-// Many rows and many samples: Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with a centre c of the samples, the last sum
-// from packed samples.
+// Many rows and many samples: Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with a centre c of the samples,
+// the last sum from packed samples.
 
-// Samples less their centre in panels of two vectors: packed[(d / panel · samples + k) · panel + d % panel], for the columns from
-// begin to end, of which `depth` are there.
+// Samples less their centre in panels of two vectors: packed[(d / panel · samples + k) · panel + d % panel], for the
+// columns from begin to end, of which `depth` are there.
 template <typename T>
-void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, int64_t begin, int64_t end, int64_t depth,
-                  T* packed) {
+void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, int64_t begin, int64_t end,
+                  int64_t depth, T* packed) {
   using G = Grid<T>;
   constexpr int64_t panel = 2 * G::lanes;
   for (int64_t d = begin; d < end; d += G::lanes) {
@@ -226,8 +248,8 @@ void weigh_panel(const T* const* w, int64_t w_step, const T* y, int64_t samples,
 // As sum_samples_of, with packed samples; totals holds Σ_k w_k of each row.
 template <typename T>
 void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
-                   const T* totals, const T* packed, const T* centre, int64_t samples, int64_t begin, int64_t end, int64_t width,
-                   bool add, T* out, int64_t out_stride) {
+                   const T* totals, const T* packed, const T* centre, int64_t samples, int64_t begin, int64_t end,
+                   int64_t width, bool add, T* out, int64_t out_stride) {
   using G = Grid<T>;
   constexpr int64_t rows = 6, panel = 2 * G::lanes, chunk = 128;
   typename G::Vector sum[rows][2];
@@ -243,7 +265,8 @@ void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, co
             const int64_t column = d + v * G::lanes;
             if (column >= width) break;
             typename G::Vector value = product ? sum[r][v] : -sum[r][v];
-            if (!product && k == 0) value += (G::load(x + (i + r) * x_stride + column) - G::load(centre + column)) * totals[i + r];
+            if (!product && k == 0)
+              value += (G::load(x + (i + r) * x_stride + column) - G::load(centre + column)) * totals[i + r];
             G::put(value, add || k > 0, out + (i + r) * out_stride + column, width - column);
           }
         }

@@ -49,11 +49,13 @@ void for_blocks(const Search& n, const F& each) {
   }
 }
 
-std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& queries, const Tensor& prototypes, int64_t k, c10::string_view metric) {
+std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& queries, const Tensor& prototypes, int64_t k,
+                                             c10::string_view metric) {
   const KernelGuard guard;
   const Search n = search_of(queries, prototypes, k, metric);
   const auto options = queries.options().dtype(accumulate_type(queries.scalar_type()));
-  const Tensor best = at::empty(batched(queries, 2, {n.queries, k}), options), index = at::empty(best.sizes(), options.dtype(at::kLong));
+  const Tensor best = at::empty(batched(queries, 2, {n.queries, k}), options),
+               index = at::empty(best.sizes(), options.dtype(at::kLong));
   const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
@@ -102,8 +104,8 @@ std::tuple<std::vector<int64_t>, std::vector<int64_t>> by_class(const int64_t* i
 
 // The gradients by way of all classes: where features are not finite, a class that is no neighbour gets 0 · Inf.
 template <typename T>
-void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const Search& n, const T* incoming, const int64_t* which,
-                      T* grad_queries, T* grad_prototypes) {
+void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const Search& n, const T* incoming,
+                      const int64_t* which, T* grad_queries, T* grad_prototypes) {
   const Scratch<T> weights(block_values + most_queries), grads(block_values + most_queries);
   for_blocks<T>(p, b, n, [&](int64_t first, const Points<T>& to) {
     T* of_block = grad_prototypes ? grad_prototypes + first * n.features : nullptr;
@@ -118,15 +120,17 @@ void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const S
         T* row = weights.data() + (i - some.begin) * to.count();
         FASTDA_RUN(weights_from_distances(row, to.empty(), to.count(), n.metric, grad));
       }
-      gradients_from_weights(from, some, to, weights.data(), n.metric, first > 0, grad_queries, some.begin > 0, of_block);
+      gradients_from_weights(from, some, to, weights.data(), n.metric, first > 0, grad_queries, some.begin > 0,
+                             of_block);
     });
     if (of_block) finish_prototypes(to, of_block);
   });
   if (grad_queries) from.through_directions(0, n.queries, grad_queries);
 }
 
-std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distances, const Tensor& queries, const Tensor& prototypes,
-                                                      const Tensor& indices, int64_t k, c10::string_view metric, bool need_queries,
+std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distances, const Tensor& queries,
+                                                      const Tensor& prototypes, const Tensor& indices, int64_t k,
+                                                      c10::string_view metric, bool need_queries,
                                                       bool need_prototypes) {
   const KernelGuard guard;
   const Search n = search_of(queries, prototypes, k, metric);
@@ -144,8 +148,8 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
       const T* incoming = grad.const_data_ptr<T>() + b * n.queries * k;
       const int64_t* which = index.const_data_ptr<int64_t>() + b * n.queries * k;
       for (int64_t i = 0; i < n.queries * k; ++i) check_label("indices", which[i], n.classes);
-      T *grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
-      T *grad_prototypes = need_prototypes ? data<T>(of_prototypes) + b * n.classes * n.features : nullptr;
+      T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
+      T* grad_prototypes = need_prototypes ? data<T>(of_prototypes) + b * n.classes * n.features : nullptr;
       bool finite = is_finite(from, {0, n.queries});
       for_blocks<T>(p, b, n, [&](int64_t, const Points<T>& to) { finite = finite && is_finite(to, {0, to.count()}); });
       if (!finite) return gradients_of_all(from, p, b, n, incoming, which, grad_queries, grad_prototypes);
@@ -169,16 +173,17 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
       const int64_t classes = static_cast<int64_t>(starts.size()) - 1;
       at::parallel_for(0, classes, thread_grain(n.queries * k * n.features / std::max<int64_t>(classes, 1)),
                        [&, &order = order, &starts = starts](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          const auto to = neighbour(order[starts[c]]);
-          T* out = grad_prototypes + which[order[starts[c]]] * n.features;
-          for (int64_t i = starts[c]; i < starts[c + 1]; ++i) {
-            const int64_t query = order[i] / k;
-            sum_differences(to, {0, 1}, from, {query, query + 1}, {weights.data() + order[i], 1, 1}, n.metric, true, out);
-          }
-          finish_prototypes(to, out);
-        }
-      });
+                         for (int64_t c = begin; c < end; ++c) {
+                           const auto to = neighbour(order[starts[c]]);
+                           T* out = grad_prototypes + which[order[starts[c]]] * n.features;
+                           for (int64_t i = starts[c]; i < starts[c + 1]; ++i) {
+                             const int64_t query = order[i] / k;
+                             sum_differences(to, {0, 1}, from, {query, query + 1}, {weights.data() + order[i], 1, 1},
+                                             n.metric, true, out);
+                           }
+                           finish_prototypes(to, out);
+                         }
+                       });
     });
   });
   return {gradient_like(of_queries, queries, need_queries), gradient_like(of_prototypes, prototypes, need_prototypes)};

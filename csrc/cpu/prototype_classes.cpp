@@ -1,5 +1,5 @@
-// Distances of queries to prototypes, the softmax over the classes, and the cross-entropy, which holds no more than a block of
-// the queries × classes matrix: an online softmax forward, the block's distances once more backward.
+// Distances of queries to prototypes, the softmax over the classes, and the cross-entropy, which holds no more than a
+// block of the queries × classes matrix: an online softmax forward, the block's distances once more backward.
 #include "../autograd.h"
 #include "../common.h"
 
@@ -106,8 +106,8 @@ Tensor pairwise_distance(const Tensor& queries, const Tensor& prototypes, c10::s
 }
 
 std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distances, const Tensor& queries,
-                                                      const Tensor& prototypes, c10::string_view metric, bool need_queries,
-                                                      bool need_prototypes) {
+                                                      const Tensor& prototypes, c10::string_view metric,
+                                                      bool need_queries, bool need_prototypes) {
   const KernelGuard guard;
   const Sizes n = sizes_of(queries, prototypes, metric);
   check_count("grad_distances", grad_distances, n.batch * n.queries * n.classes);
@@ -119,7 +119,8 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       const T* incoming = grad.const_data_ptr<T>() + b * n.queries * n.classes;
-      T *grad_queries = results.of_queries<T>(n, need_queries, b), *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
+      T *grad_queries = results.of_queries<T>(n, need_queries, b),
+        *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
       const int64_t at_once = queries_at_once(n, n.classes);
       const Scratch<T> weights(at_once * n.classes);
       for_ranges(n.queries, at_once, [&](Range block) {
@@ -128,17 +129,19 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
           T* row = weights.data() + (i - block.begin) * n.classes;
           FASTDA_RUN(weights_from_distances(row, to.empty(), n.classes, n.metric, incoming + i * n.classes));
         });
-        gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0, grad_prototypes);
+        gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0,
+                               grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
     });
   });
-  return {gradient_like(results.queries, queries, need_queries), gradient_like(results.prototypes, prototypes, need_prototypes)};
+  return {gradient_like(results.queries, queries, need_queries),
+          gradient_like(results.prototypes, prototypes, need_prototypes)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> prototype_softmax(const Tensor& queries, const Tensor& prototypes, const Tensor& temperature,
-                                                     c10::string_view metric, bool log) {
+std::tuple<Tensor, Tensor, Tensor> prototype_softmax(const Tensor& queries, const Tensor& prototypes,
+                                                     const Tensor& temperature, c10::string_view metric, bool log) {
   const KernelGuard guard;
   const Sizes n = sizes_of(queries, prototypes, metric);
   const auto options = queries.options().dtype(accumulate_type(queries.scalar_type()));
@@ -178,7 +181,8 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
   const auto dtype = accumulate_type(queries.scalar_type());
   const Results results(n, queries, prototypes, need_queries, need_prototypes);
   const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
-  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
+               p = matrices(prototypes, n.batch);
   const Tensor grad = grad_probabilities.to(dtype).contiguous();
   const Tensor most = largest.to(dtype).contiguous(), log_sums = log_sum.to(dtype).contiguous();
   accumulate_as(queries, [&](auto zero) {
@@ -186,7 +190,8 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       const T* incoming = grad.const_data_ptr<T>() + b * n.queries * n.classes;
-      T *grad_queries = results.of_queries<T>(n, need_queries, b), *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
+      T *grad_queries = results.of_queries<T>(n, need_queries, b),
+        *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
       const int64_t at_once = queries_at_once(n, n.classes);
       const Scratch<T> weights(at_once * n.classes), slopes(n.queries);
       for_ranges(n.queries, at_once, [&](Range block) {
@@ -196,19 +201,23 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
           const T temperature = t.const_data_ptr<T>()[b];
           T* row = weights.data() + (i - block.begin) * n.classes;
           FASTDA_RUN(logits(row, to.empty(), n.classes, temperature, l));
-          FASTDA_RUN(probabilities(l, n.classes, most.const_data_ptr<T>()[at], log_sums.const_data_ptr<T>()[at], false));
+          FASTDA_RUN(
+              probabilities(l, n.classes, most.const_data_ptr<T>()[at], log_sums.const_data_ptr<T>()[at], false));
           FASTDA_RUN(through_softmax(l, incoming + i * n.classes, n.classes, log, l));
           slopes.data()[i] = 0;
           FASTDA_RUN(weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, l, slopes.data() + i));
         });
-        gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0, grad_prototypes);
+        gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0,
+                               grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
-      if (need_temperature) data<T>(of_temperature)[b] = std::accumulate(slopes.data(), slopes.data() + n.queries, T(0));
+      if (need_temperature)
+        data<T>(of_temperature)[b] = std::accumulate(slopes.data(), slopes.data() + n.queries, T(0));
     });
   });
-  return {gradient_like(results.queries, queries, need_queries), gradient_like(results.prototypes, prototypes, need_prototypes),
+  return {gradient_like(results.queries, queries, need_queries),
+          gradient_like(results.prototypes, prototypes, need_prototypes),
           gradient_like(of_temperature, temperature, need_temperature)};
 }
 
@@ -220,7 +229,10 @@ struct Targets {
   bool reduces, mean;
 
   Targets(const Tensor& targets, const Sizes& n, int64_t ignore_index, double smoothing, c10::string_view reduction)
-      : labels(targets.contiguous()), ignore_index(ignore_index), smoothing(smoothing), reduces(reduction != "none"),
+      : labels(targets.contiguous()),
+        ignore_index(ignore_index),
+        smoothing(smoothing),
+        reduces(reduction != "none"),
         mean(reduction == "mean") {
     check_labels("targets", targets, n.batch * n.queries);
     TORCH_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum",
@@ -236,8 +248,8 @@ struct Targets {
 using CrossEntropy = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 CrossEntropy prototype_cross_entropy(const Tensor& queries, const Tensor& prototypes, const Tensor& temperature,
-                                     const Tensor& targets, int64_t ignore_index, double label_smoothing, c10::string_view metric,
-                                     c10::string_view reduction) {
+                                     const Tensor& targets, int64_t ignore_index, double label_smoothing,
+                                     c10::string_view metric, c10::string_view reduction) {
   const KernelGuard guard;
   const Sizes n = sizes_of(queries, prototypes, metric);
   const Targets options(targets, n, ignore_index, label_smoothing, reduction);
@@ -245,15 +257,18 @@ CrossEntropy prototype_cross_entropy(const Tensor& queries, const Tensor& protot
   const Tensor losses = at::empty(batched(queries, 2, {n.queries}), like);
   const Tensor loss = options.reduces ? at::empty(batched(queries, 2, {}), like) : losses;
   const Tensor most = at::empty(losses.sizes(), like), log_sums = at::empty(losses.sizes(), like);
-  const Tensor present = at::empty(batched(queries, 2, {}), targets.options()), kept = at::empty(present.sizes(), targets.options());
+  const Tensor present = at::empty(batched(queries, 2, {}), targets.options()),
+               kept = at::empty(present.sizes(), targets.options());
   const Tensor t = temperatures(temperature, n, like.dtype().toScalarType());
   const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric);
-      const int64_t *label = options.of(b, n), at_once = classes_at_once(n), most_at_once = std::min(n.queries, most_queries);
-      T *largest = data<T>(most) + b * n.queries, *sum = data<T>(log_sums) + b * n.queries, *each = data<T>(losses) + b * n.queries;
+      const int64_t *label = options.of(b, n), at_once = classes_at_once(n),
+                    most_at_once = std::min(n.queries, most_queries);
+      T *largest = data<T>(most) + b * n.queries, *sum = data<T>(log_sums) + b * n.queries,
+        *each = data<T>(losses) + b * n.queries;
       std::fill(largest, largest + n.queries, -std::numeric_limits<T>::infinity());
       std::fill(sum, sum + n.queries, T(0));
       std::vector<double> totals(n.queries, 0);
@@ -293,7 +308,8 @@ CrossEntropy prototype_cross_entropy(const Tensor& queries, const Tensor& protot
       }
       data<int64_t>(present)[b] = of_present;
       data<int64_t>(kept)[b] = of_kept;
-      if (options.reduces) data<T>(loss)[b] = static_cast<T>(options.mean ? total / static_cast<double>(of_kept) : total);
+      if (options.reduces)
+        data<T>(loss)[b] = static_cast<T>(options.mean ? total / static_cast<double>(of_kept) : total);
     });
   });
   return {loss, most, log_sums, present, kept};
@@ -301,9 +317,10 @@ CrossEntropy prototype_cross_entropy(const Tensor& queries, const Tensor& protot
 
 Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor& queries, const Tensor& prototypes,
                                            const Tensor& temperature, const Tensor& targets, const Tensor& largest,
-                                           const Tensor& log_sum, const Tensor& present, const Tensor& kept, int64_t ignore_index,
-                                           double label_smoothing, c10::string_view metric, c10::string_view reduction,
-                                           bool need_queries, bool need_prototypes, bool need_temperature) {
+                                           const Tensor& log_sum, const Tensor& present, const Tensor& kept,
+                                           int64_t ignore_index, double label_smoothing, c10::string_view metric,
+                                           c10::string_view reduction, bool need_queries, bool need_prototypes,
+                                           bool need_temperature) {
   const KernelGuard guard;
   const Sizes n = sizes_of(queries, prototypes, metric);
   const Targets options(targets, n, ignore_index, label_smoothing, reduction);
@@ -315,20 +332,25 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
   const auto dtype = accumulate_type(queries.scalar_type());
   const Results results(n, queries, prototypes, need_queries, need_prototypes);
   const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
-  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
+               p = matrices(prototypes, n.batch);
   const Tensor grad = grad_loss.to(dtype).contiguous(), number = kept.contiguous(), existing = present.contiguous();
   const Tensor most = largest.to(dtype).contiguous(), log_sums = log_sum.to(dtype).contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric);
-      const int64_t *label = options.of(b, n), at_once = classes_at_once(n), most_at_once = std::min(n.queries, most_queries);
-      const T temperature = t.const_data_ptr<T>()[b], *incoming = grad.const_data_ptr<T>() + b * (options.reduces ? 1 : n.queries);
-      const T share = options.mean ? static_cast<T>(1.0 / static_cast<double>(number.const_data_ptr<int64_t>()[b])) : T(1);
+      const int64_t *label = options.of(b, n), at_once = classes_at_once(n),
+                    most_at_once = std::min(n.queries, most_queries);
+      const T temperature = t.const_data_ptr<T>()[b],
+              *incoming = grad.const_data_ptr<T>() + b * (options.reduces ? 1 : n.queries);
+      const T share =
+          options.mean ? static_cast<T>(1.0 / static_cast<double>(number.const_data_ptr<int64_t>()[b])) : T(1);
       const double present_classes = static_cast<double>(existing.const_data_ptr<int64_t>()[b]);
       const T spread = static_cast<T>(options.smoothing == 0 ? 0 : options.smoothing / present_classes);
       const T on_target = static_cast<T>(1 - options.smoothing);
-      T *grad_queries = results.of_queries<T>(n, need_queries, b), *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
+      T *grad_queries = results.of_queries<T>(n, need_queries, b),
+        *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
       const Scratch<T> weights(most_at_once * at_once), slopes(n.queries);
       std::fill(slopes.data(), slopes.data() + n.queries, T(0));
       for_ranges(n.classes, at_once, [&](Range classes) {
@@ -341,20 +363,23 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
             const T of_loss = label[i] == options.ignore_index ? T(0) : incoming[options.reduces ? 0 : i] * share;
             const int64_t at = b * n.queries + i;
             FASTDA_RUN(logits(row, to.empty(), to.count(), temperature, l));
-            FASTDA_RUN(through_cross_entropy(l, to.count(), most.const_data_ptr<T>()[at], log_sums.const_data_ptr<T>()[at],
-                                             of_loss, spread));
+            FASTDA_RUN(through_cross_entropy(l, to.count(), most.const_data_ptr<T>()[at],
+                                             log_sums.const_data_ptr<T>()[at], of_loss, spread));
             if (classes.begin <= label[i] && label[i] < classes.end) l[label[i] - classes.begin] -= of_loss * on_target;
             FASTDA_RUN(weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, l, slopes.data() + i));
           });
-          gradients_from_weights(from, some, to, weights.data(), n.metric, classes.begin > 0, grad_queries, some.begin > 0, of_block);
+          gradients_from_weights(from, some, to, weights.data(), n.metric, classes.begin > 0, grad_queries,
+                                 some.begin > 0, of_block);
         });
         if (need_prototypes) finish_prototypes(to, of_block);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
-      if (need_temperature) data<T>(of_temperature)[b] = std::accumulate(slopes.data(), slopes.data() + n.queries, T(0));
+      if (need_temperature)
+        data<T>(of_temperature)[b] = std::accumulate(slopes.data(), slopes.data() + n.queries, T(0));
     });
   });
-  return {gradient_like(results.queries, queries, need_queries), gradient_like(results.prototypes, prototypes, need_prototypes),
+  return {gradient_like(results.queries, queries, need_queries),
+          gradient_like(results.prototypes, prototypes, need_prototypes),
           gradient_like(of_temperature, temperature, need_temperature)};
 }
 
@@ -370,7 +395,8 @@ TORCH_LIBRARY_IMPL(fastda, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastda, Autograd, m) {
-  for (const char* name : {"pairwise_distance", "prototype_softmax", "prototype_cross_entropy"}) differentiable(m, name);
+  for (const char* name : {"pairwise_distance", "prototype_softmax", "prototype_cross_entropy"})
+    differentiable(m, name);
 }
 
 }  // namespace fastda

@@ -1,5 +1,5 @@
-// Class means, and the prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries,
-// the gradients in two more from the weights that the first leaves behind.
+// Class means, and the prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over
+// the queries, the gradients in two more from the weights that the first leaves behind.
 #include "../autograd.h"
 #include "../common.h"
 
@@ -21,7 +21,8 @@ namespace {
 // The samples of each class, in their order: of(c) ... of(c) + count(c).
 class Members {
  public:
-  Members(const char* name, const int64_t* labels, int64_t samples, int64_t classes) : starts_(classes + 1), members_(samples) {
+  Members(const char* name, const int64_t* labels, int64_t samples, int64_t classes)
+      : starts_(classes + 1), members_(samples) {
     for (int64_t s = 0; s < samples; ++s) {
       check_label(name, labels[s], classes);
       ++starts_[labels[s] + 1];
@@ -39,8 +40,8 @@ class Members {
 
 // Means of the rows of x (dense, `features` wide), `absent` for a class without any, and the classes' counts.
 template <typename T>
-void find_means(const Members& members, const T* x, int64_t samples, int64_t classes, int64_t features, T absent, T* means,
-                int64_t* counts) {
+void find_means(const Members& members, const T* x, int64_t samples, int64_t classes, int64_t features, T absent,
+                T* means, int64_t* counts) {
   const int64_t work = samples * features / std::max<int64_t>(classes, 1);
   at::parallel_for(0, classes, thread_grain(work * 4), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -120,8 +121,9 @@ struct Episodes {
   double share() const { return mean ? 1.0 / static_cast<double>(queries) : 1.0; }
 };
 
-Episodes episodes_of(const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
-                     const Tensor& query_labels, int64_t num_classes, c10::string_view metric, c10::string_view reduction) {
+Episodes episodes_of(const Tensor& support, const Tensor& queries, const Tensor& temperature,
+                     const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
+                     c10::string_view metric, c10::string_view reduction) {
   check_features("support", support);
   check_features("queries", queries);
   check_same("queries", queries, "support", support);
@@ -132,7 +134,13 @@ Episodes episodes_of(const Tensor& support, const Tensor& queries, const Tensor&
   check_count("temperature", temperature, batch);
   check_labels("support_labels", support_labels, batch * support.size(-2));
   check_labels("query_labels", query_labels, batch * queries.size(-2));
-  return {batch, support.size(-2), queries.size(-2), num_classes, support.size(-1), metric_of(metric), reduction != "none",
+  return {batch,
+          support.size(-2),
+          queries.size(-2),
+          num_classes,
+          support.size(-1),
+          metric_of(metric),
+          reduction != "none",
           reduction == "mean"};
 }
 
@@ -140,7 +148,8 @@ using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Losses, weights and slopes of an episode whose distances stand in `weights`.
 template <typename T>
-void losses_of(const Points<T>& p, const Episodes& n, T temperature, const int64_t* labels, T* weights, T* losses, T* slopes) {
+void losses_of(const Points<T>& p, const Episodes& n, T temperature, const int64_t* labels, T* weights, T* losses,
+               T* slopes) {
   at::parallel_for(0, n.queries, thread_grain(n.classes * 32), [&](int64_t begin, int64_t end) {
     std::vector<T> l(n.classes);
     for (int64_t q = begin; q < end; ++q) {
@@ -157,10 +166,12 @@ void losses_of(const Points<T>& p, const Episodes& n, T temperature, const int64
   });
 }
 
-Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
-                          const Tensor& query_labels, int64_t num_classes, c10::string_view metric, c10::string_view reduction) {
+Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
+                          const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
+                          c10::string_view metric, c10::string_view reduction) {
   const KernelGuard guard;
-  const Episodes n = episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
+  const Episodes n =
+      episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
   const auto options = queries.options().dtype(accumulate_type(queries.scalar_type()));
   const Tensor prototypes = at::empty(batched(queries, 2, {n.classes, n.features}), options);
   const Tensor counts = at::empty(batched(queries, 2, {n.classes}), support_labels.options());
@@ -175,7 +186,8 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
       const int64_t* labels = query_label.const_data_ptr<int64_t>() + b * n.queries;
-      const Members members("support_labels", support_label.const_data_ptr<int64_t>() + b * n.support, n.support, n.classes);
+      const Members members("support_labels", support_label.const_data_ptr<int64_t>() + b * n.support, n.support,
+                            n.classes);
       for (int64_t i = 0; i < n.queries; ++i) check_label("query_labels", labels[i], n.classes);
       find_means(members, x.const_data_ptr<T>() + b * n.support * n.features, n.support, n.classes, n.features,
                  std::numeric_limits<T>::quiet_NaN(), data<T>(prototypes) + b * n.classes * n.features,
@@ -195,11 +207,12 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts, const Tensor& weights,
-    const Tensor& slopes, int64_t num_classes, c10::string_view metric, c10::string_view reduction, bool need_support,
-    bool need_queries, bool need_temperature) {
+    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts,
+    const Tensor& weights, const Tensor& slopes, int64_t num_classes, c10::string_view metric,
+    c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
   const KernelGuard guard;
-  const Episodes n = episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
+  const Episodes n =
+      episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
   const int64_t distances = n.queries * n.classes;
   check_count("grad_loss", grad_loss, n.batch * (n.reduces ? 1 : n.queries));
   check_count("prototypes", prototypes, n.batch * n.classes * n.features);
@@ -210,7 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
   const Tensor of_support = empty_gradient(need_support, support.sizes(), support, dtype);
   const Tensor of_queries = empty_gradient(need_queries, queries.sizes(), queries, dtype);
   const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
-  const Tensor grad = grad_loss.to(dtype).contiguous(), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor grad = grad_loss.to(dtype).contiguous(), q = matrices(queries, n.batch),
+               p = matrices(prototypes, n.batch);
   const Tensor w = weights.to(dtype).contiguous(), slope = slopes.to(dtype).contiguous(), count = counts.contiguous();
   const Tensor label = support_labels.contiguous();
   accumulate_as(queries, [&](auto zero) {
@@ -236,12 +250,13 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (!need_support) return;
       finish_prototypes(to, of_prototypes.data());
-      const int64_t *labels = label.const_data_ptr<int64_t>() + b * n.support, *of_class = count.const_data_ptr<int64_t>() + b * n.classes;
+      const int64_t *labels = label.const_data_ptr<int64_t>() + b * n.support,
+                    *of_class = count.const_data_ptr<int64_t>() + b * n.classes;
       at::parallel_for(0, n.support, grain(n.features), [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s) {
           check_label("support_labels", labels[s], n.classes);
-          FASTDA_RUN(divide(of_prototypes.data() + labels[s] * n.features, static_cast<T>(of_class[labels[s]]), n.features,
-                            data<T>(of_support) + (b * n.support + s) * n.features));
+          FASTDA_RUN(divide(of_prototypes.data() + labels[s] * n.features, static_cast<T>(of_class[labels[s]]),
+                            n.features, data<T>(of_support) + (b * n.support + s) * n.features));
         }
       });
     });

@@ -1,8 +1,10 @@
-// What the prototype ops share: points, the distances between a block of queries and a block of classes, and the gradients that
-// follow from what a loss makes of them. Include after for_each_isa.h with the loops of prototypes_loops.h.
+// What the prototype ops share: points, the distances between a block of queries and a block of classes, and the
+// gradients that follow from what a loss makes of them. Include after for_each_isa.h with the loops of
+// prototypes_loops.h.
 //
-// A block of distances is the largest thing that is ever held: the classes pass by in blocks, and gradients take the distances
-// again. Each result has one thread that writes it, in one order, so that results do not depend on the number of threads.
+// A block of distances is the largest thing that is ever held: the classes pass by in blocks, and gradients take the
+// distances again. Each result has one thread that writes it, in one order, so that results do not depend on the number
+// of threads.
 #pragma once
 
 #include "matrix.h"
@@ -14,9 +16,9 @@
 namespace fastda {
 namespace {
 
-constexpr int64_t vector_bytes = 64;        // of the widest vectors
-constexpr int64_t block_values = 1 << 18;   // distances held at a time
-constexpr int64_t most_queries = 512;       // of a block
+constexpr int64_t vector_bytes = 64;         // of the widest vectors
+constexpr int64_t block_values = 1 << 18;    // distances held at a time
+constexpr int64_t most_queries = 512;        // of a block
 constexpr int64_t worth_a_thread = 1 << 20;  // multiplications, a few times what starting a thread costs
 
 // Items that a thread should at least be given, each of `work` multiplications.
@@ -35,8 +37,8 @@ void visit_rows(const Tensor& x, const F& visit) {
 // (batch, rows, columns), the columns dense.
 inline Tensor matrices(const Tensor& x, int64_t batch) { return matrices(x, x.scalar_type(), batch); }
 
-// Rows of x[b], ready for the loops: in dtype T, each a whole number of vectors. An empty prototype is replaced by zeros, so that
-// its NaN reaches nobody; for the cosine the directions stand in for the points.
+// Rows of x[b], ready for the loops: in dtype T, each a whole number of vectors. An empty prototype is replaced by
+// zeros, so that its NaN reaches nobody; for the cosine the directions stand in for the points.
 template <typename T>
 class Points {
  public:
@@ -66,7 +68,8 @@ class Points {
       : metric_(metric), count_(end - begin), features_(x.size(2)), stride_(x.stride(1)) {
     constexpr int64_t width = vector_bytes / sizeof(T);
     depth_ = blocks(features_, width) * width;
-    visit_rows(x, [&](const auto* rows) { fill(rows + b * x.stride(0) + begin * x.stride(1), x.stride(1), may_be_empty); });
+    visit_rows(
+        x, [&](const auto* rows) { fill(rows + b * x.stride(0) + begin * x.stride(1), x.stride(1), may_be_empty); });
   }
 
   template <typename From>
@@ -132,8 +135,8 @@ void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metri
   constexpr int64_t classes_at_once = 20, queries_at_once = 32;
   const auto run = [&](Range some, Range classes) {
     T* to = out + (some.begin - queries.begin) * stride + classes.begin;
-    FASTDA_RUN(sum_features_of(metric == Metric::cosine, q.row(some.begin), q.stride(), some.size(), p.row(classes.begin),
-                               p.stride(), classes.size(), q.depth(), to, stride));
+    FASTDA_RUN(sum_features_of(metric == Metric::cosine, q.row(some.begin), q.stride(), some.size(),
+                               p.row(classes.begin), p.stride(), classes.size(), q.depth(), to, stride));
     for (int64_t i = 0; i < some.size(); ++i) {
       FASTDA_RUN(distances_from_sums(to + i * stride, classes.size(), metric));
     }
@@ -170,7 +173,8 @@ constexpr int64_t rows_at_once = 120;  // of a sum over samples
 
 // Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, where there are many rows x and many samples y.
 template <typename T>
-void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric, bool add, T* out) {
+void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
+                bool add, T* out) {
   constexpr int64_t of_centre = 16;  // so many samples make the centre: near is enough
   const bool product = metric == Metric::cosine;
   const int64_t count = samples.size(), depth = y.depth();
@@ -179,7 +183,8 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
   const int64_t columns_at_once = 4 * panel, width = blocks(depth, panel) * panel;
   std::vector<T> centre(width), totals(rows.size());
   for (int64_t k = 0; !product && k < std::min(of_centre, count); ++k) {
-    for (int64_t d = 0; d < depth; ++d) centre[d] += y.row(samples.begin + k)[d] / static_cast<T>(std::min(of_centre, count));
+    for (int64_t d = 0; d < depth; ++d)
+      centre[d] += y.row(samples.begin + k)[d] / static_cast<T>(std::min(of_centre, count));
   }
   const Scratch<T> packed(count * width);
   at::parallel_for(0, blocks(width, columns_at_once), grain(count * columns_at_once), [&](int64_t begin, int64_t end) {
@@ -192,43 +197,50 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
     });
   }
   const int64_t row_blocks = blocks(rows.size(), rows_at_once), column_blocks = blocks(width, columns_at_once);
-  at::parallel_for(0, row_blocks * column_blocks, thread_grain(rows_at_once * columns_at_once * count), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
-      FASTDA_RUN(weigh_samples(product, x.row(rows.begin + row), x.stride(), std::min(rows_at_once, rows.size() - row),
-                               w.data + row * w.row, w.row, w.step, totals.data() + row, packed.data(), centre.data(), count,
-                               column, std::min(column + columns_at_once, width), x.features(), add, out + row * x.features(),
-                               x.features()));
-    }
-  });
+  at::parallel_for(0, row_blocks * column_blocks, thread_grain(rows_at_once * columns_at_once * count),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
+                       FASTDA_RUN(weigh_samples(product, x.row(rows.begin + row), x.stride(),
+                                                std::min(rows_at_once, rows.size() - row), w.data + row * w.row, w.row,
+                                                w.step, totals.data() + row, packed.data(), centre.data(), count,
+                                                column, std::min(column + columns_at_once, width), x.features(), add,
+                                                out + row * x.features(), x.features()));
+                     }
+                   });
 }
 
-// out = Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, for some rows x and some samples y, or added to it. out is dense.
+// out = Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, for some rows x and some samples y, or added to it. out is
+// dense.
 template <typename T>
-void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric, bool add,
-                     T* out) {
+void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
+                     bool add, T* out) {
   constexpr int64_t worth_packing = 40;
   if (std::min(rows.size(), samples.size()) >= worth_packing && is_finite(x, rows) && is_finite(y, samples)) {
     return sum_packed(x, rows, y, samples, w, metric, add, out);
   }
-  const int64_t columns_at_once = 8 * vector_bytes / sizeof(T), count = samples.size();
-  const int64_t row_blocks = blocks(rows.size(), rows_at_once), column_blocks = blocks(x.depth(), columns_at_once);
-  const int64_t work = std::min(rows.size(), rows_at_once) * columns_at_once * count;
+  // Where rows outnumber samples, rows pass by and the samples stay; else the other way round.
+  constexpr int64_t few_rows = 10;
+  const bool by_row = rows.size() >= samples.size();
+  const int64_t most_rows = by_row ? few_rows : rows_at_once, count = samples.size();
+  const int64_t most_columns = by_row ? std::max<int64_t>(x.depth(), 1) : 8 * vector_bytes / sizeof(T);
+  const int64_t row_blocks = blocks(rows.size(), most_rows), column_blocks = blocks(x.depth(), most_columns);
+  const int64_t work = std::min(rows.size(), most_rows) * most_columns * count;
   at::parallel_for(0, row_blocks * column_blocks, thread_grain(work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
-      FASTDA_RUN(sum_samples_of(metric == Metric::cosine, x.row(rows.begin + row), x.stride(),
-                                std::min(rows_at_once, rows.size() - row), w.data + row * w.row, w.row, w.step,
-                                y.row(samples.begin), y.stride(), count, column, std::min(column + columns_at_once, x.depth()),
-                                x.features(), add, out + row * x.features(), x.features()));
+      const int64_t row = i % row_blocks * most_rows, column = i / row_blocks * most_columns;
+      FASTDA_RUN(sum_samples_of(
+          metric == Metric::cosine, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row),
+          w.data + row * w.row, w.row, w.step, y.row(samples.begin), y.stride(), count, column,
+          std::min(column + most_columns, x.depth()), x.features(), add, out + row * x.features(), x.features()));
     }
   });
 }
 
 // Gradients from a block of weights, weights[(q − queries.begin) · p.count() + c]; null for one that is not needed.
 template <typename T>
-void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, Metric metric, bool add_queries,
-                            T* grad_queries, bool add_prototypes, T* grad_prototypes) {
+void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, Metric metric,
+                            bool add_queries, T* grad_queries, bool add_prototypes, T* grad_prototypes) {
   const int64_t classes = p.count();
   if (grad_queries) {
     sum_differences(q, queries, p, {0, classes}, {weights, classes, 1}, metric, add_queries,
@@ -255,8 +267,8 @@ void finish_prototypes(const Points<T>& p, T* grad) {
 }
 
 inline void check_label(const char* name, int64_t label, int64_t classes) {
-  TORCH_CHECK_INDEX(label >= 0 && label < classes, name, ": expected labels in 0 ... ", classes - 1, " (num_classes - 1), got ",
-                    label, "; relabel the classes or raise num_classes");
+  TORCH_CHECK_INDEX(label >= 0 && label < classes, name, ": expected labels in 0 ... ", classes - 1,
+                    " (num_classes - 1), got ", label, "; relabel the classes or raise num_classes");
 }
 
 inline void check_labels(const char* name, const Tensor& labels, int64_t count) {

@@ -1,7 +1,7 @@
 // Inner loops of the prototype ops; compiled once for each instruction set by for_each_isa.h.
 //
-// A row holds one value for each class of a block: sums over features, then distances, logits l = −d/T or what a loss makes of
-// them. `empty` marks the classes that do not count; it is null where there are none.
+// A row holds one value for each class of a block: sums over features, then distances, logits l = −d/T or what a loss
+// makes of them. `empty` marks the classes that do not count; it is null where there are none.
 #include "matrix_loops.h"
 
 #include "distance_loops.h"
@@ -21,7 +21,8 @@ inline float exponential(float x) {
   y = y * (r * r) + r + 1.0f;
   int32_t bits;
   __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  const int32_t power = bits - 0x4B400000, half = power >> 1;  // 2^power in two factors: it may be below the normal numbers
+  const int32_t power = bits - 0x4B400000,
+                half = power >> 1;  // 2^power in two factors: it may be below the normal numbers
   const uint32_t first_bits = static_cast<uint32_t>(half + 127) << 23;
   const uint32_t second_bits = static_cast<uint32_t>(power - half + 127) << 23;
   float first, second;
@@ -93,7 +94,8 @@ void probabilities(T* l, int64_t classes, T largest, T log_sum, bool log) {
   }
 }
 
-// What a query's difference q − p (or the prototype's direction) is multiplied by in the gradient, where `of_distance` is ∂L/∂d.
+// What a query's difference q − p (or the prototype's direction) is multiplied by in the gradient, where `of_distance`
+// is ∂L/∂d.
 template <typename T>
 T weight(T of_distance, T distance, Metric metric) {
   if (metric == Metric::sqeuclidean) return 2 * of_distance;
@@ -103,7 +105,8 @@ T weight(T of_distance, T distance, Metric metric) {
 
 // Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope.
 template <typename T>
-void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T* of_logit, T* slope) {
+void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T* of_logit,
+                         T* slope) {
   for (int64_t c = 0; empty && c < classes; ++c) {
     if (empty[c]) of_logit[c] = 0;
   }
@@ -157,10 +160,11 @@ bool nearer(T a, T b) {
   return a < b || (b != b && a == a);
 }
 
-// Keeps the k nearest classes of those seen so far, in order, `kept` of them until there are k. Of equals the first one stays.
+// Keeps the k nearest classes of those seen so far, in order, `kept` of them until there are k. Of equals the first one
+// stays.
 template <typename T>
-void keep_nearest(const T* distances, const uint8_t* empty, int64_t classes, int64_t first, int64_t k, T* best, int64_t* index,
-                  int64_t* kept) {
+void keep_nearest(const T* distances, const uint8_t* empty, int64_t classes, int64_t first, int64_t k, T* best,
+                  int64_t* index, int64_t* kept) {
   constexpr int64_t block = 64 / sizeof(T);
   for (int64_t begin = 0; begin < classes; begin += block) {
     const int64_t end = least(begin + block, classes);
