@@ -133,9 +133,7 @@ def test_prototypical_loss_is_the_chain_of_its_parts(module):
 def test_class_means(module):
     support = torch.tensor([[0.0, 0.0], [2.0, 4.0], [5.0, 5.0]])
     labels = torch.tensor([2, 2, 0])
-    assert_close(
-        module.class_means(support, labels, 3), torch.tensor([[5.0, 5.0], EMPTY, [1.0, 2.0]]), equal_nan=True
-    )
+    assert_close(module.class_means(support, labels, 3), torch.tensor([[5.0, 5.0], EMPTY, [1.0, 2.0]]), equal_nan=True)
     zero = module.class_means(support, labels, 3, empty="zero")
     assert_close(zero, torch.tensor([[5.0, 5.0], [0.0, 0.0], [1.0, 2.0]]))
     assert module.class_means(support[:0], labels[:0], 2).isnan().all()
@@ -338,7 +336,9 @@ def test_cross_entropy_of_many_classes(metric, options):
 def test_accuracy_of_a_cross_entropy_of_many_classes():
     queries, prototypes, targets = (x[:90] if i != 1 else x[:200] for i, x in enumerate(many()))
     functions = (
-        lambda module=module, **tensors: module.prototype_cross_entropy(targets=targets % 200, temperature=3.0, **tensors)
+        lambda module=module, **tensors: module.prototype_cross_entropy(
+            targets=targets % 200, temperature=3.0, **tensors
+        )
         for module in (fastda, fastda.reference)
     )
     assert_as_accurate_as_reference(*functions, {"queries": queries + 100, "prototypes": prototypes + 100})
@@ -429,9 +429,11 @@ def test_an_episode_by_hand(module, peer):
     """easyfsl's logits are −‖q − p‖, learn2learn's and torchmeta's −‖q − p‖²."""
     root = math.sqrt(10.0)
     other = 1 / (1 + math.exp(root - 1 if peer == "easyfsl" else 9.0))  # the probability of class 1
-    loss, of_support, of_query = gradients_of_episode(module, metric="euclidean" if peer == "easyfsl" else "sqeuclidean")
+    loss, of_support, of_query = gradients_of_episode(
+        module, metric="euclidean" if peer == "easyfsl" else "sqeuclidean"
+    )
     assert loss.item() == pytest.approx(math.log1p(math.exp(1 - root if peer == "easyfsl" else -9.0)), rel=1e-12)
-    # ∂loss/∂d is `other` for class 0 and −`other` for class 1; ∂d/∂q is (0, 1) and (1, −3)/√10, or twice (0, 1) and (1, −3)
+    # ∂loss/∂d is `other` for class 0, −`other` for class 1; ∂d/∂q is (0, 1) and (1, −3)/√10, or twice (0, 1) and (1, −3)
     near, far = ((0.0, 1.0), (1 / root, -3 / root)) if peer == "easyfsl" else ((0.0, 2.0), (2.0, -6.0))
     assert of_query[0].tolist() == pytest.approx([other * (a - b) for a, b in zip(near, far)], rel=1e-12)
     for sample, label in enumerate(LABELS.tolist()):
@@ -441,7 +443,7 @@ def test_an_episode_by_hand(module, peer):
 
 @each_module
 def test_class_means_of_other_libraries(module):
-    """easyfsl: NaN for a gap in the labels; torchmeta: zeros; learn2learn: the sorted labels that occur, numbered anew."""
+    """easyfsl: NaN for a gap in the labels; torchmeta: zeros; learn2learn: the labels that occur, numbered anew."""
     labels = 2 * LABELS  # 0 and 2
     means = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     gap = torch.full((1, 2), math.nan, dtype=torch.float64)
@@ -459,10 +461,17 @@ def test_episodes_under_the_conventions_of_other_libraries(module, shots, querie
     """Their formulas written out, in float64, on a batch of two episodes."""
     sizes = Sizes(batch=(2,), samples=shots * classes, others=queries, features=5, classes=classes)
     draw = Draw(sizes, torch.float64, seed)
-    support, labels, query, targets = draw.samples(shots * classes), draw.labels(shots * classes), draw.samples(queries), draw.labels(queries)
+    support, labels, query, targets = (
+        draw.samples(shots * classes),
+        draw.labels(shots * classes),
+        draw.samples(queries),
+        draw.labels(queries),
+    )
     members = F.one_hot(labels, classes).double()
     means = members.mT @ support / members.sum(1).unsqueeze(-1)
-    squared = torch.stack([((query - means[:, c : c + 1]) ** 2).sum(-1) for c in range(classes)], 1)  # (B, C, Q), torchmeta's
+    squared = torch.stack(
+        [((query - means[:, c : c + 1]) ** 2).sum(-1) for c in range(classes)], 1
+    )  # (B, C, Q), torchmeta's
     assert_close(module.prototypical_loss(support, labels, query, targets, classes), F.cross_entropy(-squared, targets))
     roots = squared.mT.sqrt().flatten(0, 1)  # (B·Q, C), easyfsl's
     for temperature in (1.0, 0.4):  # easyfsl multiplies by it

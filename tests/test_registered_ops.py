@@ -203,7 +203,10 @@ def test_a_direct_call_of_the_prototypical_loss_is_checked():
 
 def test_direct_calls_of_the_other_prototype_ops_are_checked():
     features, labels, temperature = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64), torch.tensor(1.0)
-    softmax, cross_entropy = (features, features, temperature, "cosine", True), (features, features, temperature, labels)
+    softmax, cross_entropy = (
+        (features, features, temperature, "cosine", True),
+        (features, features, temperature, labels),
+    )
     for name, arguments, message in (
         ("class_means", (features, labels[:1], 2, "nan"), "labels: expected 3 elements"),
         ("class_means", (features, labels, 2, "none"), "empty: expected 'nan' or 'zero'"),

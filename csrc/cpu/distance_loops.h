@@ -4,6 +4,9 @@
 // Distances and gradients are taken from the differences q − p themselves: exact where ‖q‖² − 2q·p + ‖p‖² cancels, and
 // as fast where a processor adds beside its multiplications. Rows hold whole vectors, filled up with zeros.
 
+// Inlined, arrays of vectors stay in registers.
+#define FASTDA_INLINE inline __attribute__((always_inline))
+
 template <typename T>
 struct Grid {
   static constexpr int64_t lanes = FASTDA_VECTOR_BYTES / sizeof(T);
@@ -22,7 +25,7 @@ struct Grid {
 
 // Of two vectors one, that holds the sums of neighbouring groups of `group` lanes, those of a before those of b.
 template <int group, typename Vector, size_t... lane>
-Vector fold(Vector a, Vector b, std::index_sequence<lane...>) {
+FASTDA_INLINE Vector fold(Vector a, Vector b, std::index_sequence<lane...>) {
   constexpr int lanes = sizeof...(lane);
   const Vector first =
       FASTDA_SHUFFLE(a, b, int(lane / (2 * group) * 2 * group + lane % group + lane / group % 2 * lanes)...);
@@ -32,7 +35,7 @@ Vector fold(Vector a, Vector b, std::index_sequence<lane...>) {
 }
 
 template <int group, int lanes, typename Vector>
-void fold_all(Vector* x) {
+FASTDA_INLINE void fold_all(Vector* x) {
   if constexpr (group < lanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < lanes / group / 2; ++i) {
@@ -45,7 +48,7 @@ void fold_all(Vector* x) {
 // The sum of the lanes of each vector. `out` has room for a whole number of vectors. Inlined, the vectors stay in
 // registers.
 template <typename T, int count>
-inline __attribute__((always_inline)) void sum_lanes(const typename Grid<T>::Vector* x, T* out) {
+FASTDA_INLINE void sum_lanes(const typename Grid<T>::Vector* x, T* out) {
   constexpr int lanes = Grid<T>::lanes;
 #pragma GCC unroll 32
   for (int begin = 0; begin < count; begin += lanes) {
@@ -59,7 +62,7 @@ inline __attribute__((always_inline)) void sum_lanes(const typename Grid<T>::Vec
 
 // Σ_d (q_d − p_d)² or Σ_d q_d p_d of a few queries and a few classes.
 template <typename T, bool product>
-void sum_features(const T* const* q, const T* const* p, int64_t depth, T* out) {
+FASTDA_INLINE void sum_features(const T* const* q, const T* const* p, int64_t depth, T* out) {
   using G = Grid<T>;
   typename G::Vector sum[G::queries * G::classes], left[G::queries];
 #pragma GCC unroll 32
@@ -122,8 +125,8 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
 
 // Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own.
 template <typename T, bool product, int rows, int vectors>
-void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_stride, int64_t samples,
-                 typename Grid<T>::Vector (*sum)[vectors]) {
+FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_stride,
+                               int64_t samples, typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
   typename G::Vector at[rows][vectors];
 #pragma GCC unroll 16
@@ -230,7 +233,8 @@ void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, 
 }
 
 template <typename T, int rows>
-void weigh_panel(const T* const* w, int64_t w_step, const T* y, int64_t samples, typename Grid<T>::Vector (*sum)[2]) {
+FASTDA_INLINE void weigh_panel(const T* const* w, int64_t w_step, const T* y, int64_t samples,
+                               typename Grid<T>::Vector (*sum)[2]) {
   using G = Grid<T>;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = typename G::Vector{};
@@ -293,3 +297,5 @@ template <typename T>
 void panel_width(int64_t* width) {
   *width = 2 * Grid<T>::lanes;
 }
+
+#undef FASTDA_INLINE

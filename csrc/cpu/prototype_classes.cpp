@@ -204,8 +204,10 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
           FASTDA_RUN(
               probabilities(l, n.classes, most.const_data_ptr<T>()[at], log_sums.const_data_ptr<T>()[at], false));
           FASTDA_RUN(through_softmax(l, incoming + i * n.classes, n.classes, log, l));
+          const T nearest = to.empty() ? T(0) : -most.const_data_ptr<T>()[at] * temperature;
           slopes.data()[i] = 0;
-          FASTDA_RUN(weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, l, slopes.data() + i));
+          FASTDA_RUN(
+              weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, nearest, l, slopes.data() + i));
         });
         gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0,
                                grad_prototypes);
@@ -366,7 +368,9 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
             FASTDA_RUN(through_cross_entropy(l, to.count(), most.const_data_ptr<T>()[at],
                                              log_sums.const_data_ptr<T>()[at], of_loss, spread));
             if (classes.begin <= label[i] && label[i] < classes.end) l[label[i] - classes.begin] -= of_loss * on_target;
-            FASTDA_RUN(weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, l, slopes.data() + i));
+            const T nearest = present_classes < n.classes ? T(0) : -most.const_data_ptr<T>()[at] * temperature;
+            FASTDA_RUN(
+                weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, nearest, l, slopes.data() + i));
           });
           gradients_from_weights(from, some, to, weights.data(), n.metric, classes.begin > 0, grad_queries,
                                  some.begin > 0, of_block);

@@ -161,7 +161,8 @@ void losses_of(const Points<T>& p, const Episodes& n, T temperature, const int64
       FASTDA_RUN(through_cross_entropy(l.data(), n.classes, largest, log_sum, T(1), T(0)));
       l[labels[q]] -= 1;
       slopes[q] = 0;
-      FASTDA_RUN(weights_from_logits(row, p.empty(), n.classes, n.metric, temperature, l.data(), slopes + q));
+      const T nearest = p.empty() ? T(0) : -largest * temperature;
+      FASTDA_RUN(weights_from_logits(row, p.empty(), n.classes, n.metric, temperature, nearest, l.data(), slopes + q));
     }
   });
 }

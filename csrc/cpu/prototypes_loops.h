@@ -103,17 +103,18 @@ T weight(T of_distance, T distance, Metric metric) {
   return distance == 0 ? T(0) : of_distance / distance;
 }
 
-// Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope.
+// Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope. `nearest` may be taken off the distances there, where
+// the ∂L/∂l of a query add up to 0: less is left to cancel.
 template <typename T>
-void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T* of_logit,
-                         T* slope) {
+void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T nearest,
+                         T* of_logit, T* slope) {
   for (int64_t c = 0; empty && c < classes; ++c) {
     if (empty[c]) of_logit[c] = 0;
   }
-  double total = 0;  // its terms cancel
+  double total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t c = 0; c < classes; ++c) {
-    total += static_cast<double>(of_logit[c]) * static_cast<double>(row[c]);
+    total += static_cast<double>(of_logit[c]) * static_cast<double>(row[c] - nearest);
     row[c] = weight(-of_logit[c] / temperature, row[c], metric);
   }
   *slope += static_cast<T>(total / (static_cast<double>(temperature) * static_cast<double>(temperature)));

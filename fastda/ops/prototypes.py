@@ -45,9 +45,11 @@ def _class_means_fake(support, labels, num_classes, empty):
 _class_means = fused(
     "class_means(Tensor support, Tensor labels, SymInt num_classes, str empty) -> (Tensor means, Tensor counts)",
     _class_means_fake,
-    "class_means_backward(Tensor grad_means, Tensor support, Tensor labels, Tensor counts, SymInt num_classes, str empty,"
-    " bool need_support) -> Tensor grad_support",
-    lambda grad_means, support, labels, counts, num_classes, empty, need: support.new_empty(support.shape if need else (0,)),
+    "class_means_backward(Tensor grad_means, Tensor support, Tensor labels, Tensor counts, SymInt num_classes,"
+    " str empty, bool need_support) -> Tensor grad_support",
+    lambda grad_means, support, labels, counts, num_classes, empty, need: support.new_empty(
+        support.shape if need else (0,)
+    ),
     lambda support, labels, num_classes, empty: reference.class_means(support, labels, num_classes, empty=empty),
 )
 
@@ -78,8 +80,8 @@ _prototype_softmax = fused(
     " -> (Tensor probabilities, Tensor largest, Tensor log_sum)",
     _softmax_fake,
     "prototype_softmax_backward(Tensor grad_probabilities, Tensor queries, Tensor prototypes, Tensor temperature,"
-    " Tensor largest, Tensor log_sum, str metric, bool log, bool need_queries, bool need_prototypes, bool need_temperature)"
-    " -> (Tensor grad_queries, Tensor grad_prototypes, Tensor grad_temperature)",
+    " Tensor largest, Tensor log_sum, str metric, bool log, bool need_queries, bool need_prototypes,"
+    " bool need_temperature) -> (Tensor grad_queries, Tensor grad_prototypes, Tensor grad_temperature)",
     lambda grad_probabilities, queries, prototypes, temperature, largest, log_sum, metric, log, *needs: _gradients_fake(
         queries, prototypes, temperature, *needs
     ),
@@ -87,18 +89,14 @@ _prototype_softmax = fused(
 )
 
 
-def _cross_entropy_fake(
-    queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric, reduction
-):
+def _cross_entropy_fake(queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric, reduction):
     like, shape = accumulate(queries), queries.shape[:-1]
     batch = shape[:-1]
     loss = like.new_empty(shape if reduction == "none" else batch)
     return loss, like.new_empty(shape), like.new_empty(shape), targets.new_empty(batch), targets.new_empty(batch)
 
 
-def _cross_entropy_formula(
-    queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric, reduction
-):
+def _cross_entropy_formula(queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric, reduction):
     losses, kept = class_losses(queries, prototypes, temperature, targets, ignore_index, label_smoothing, metric)
     if reduction == "none":
         return losses
@@ -107,22 +105,22 @@ def _cross_entropy_formula(
 
 # present: how many classes are not empty; kept: how many queries are not ignored.
 _prototype_cross_entropy = fused(
-    "prototype_cross_entropy(Tensor queries, Tensor prototypes, Tensor temperature, Tensor targets, SymInt ignore_index,"
-    " float label_smoothing, str metric, str reduction)"
+    "prototype_cross_entropy(Tensor queries, Tensor prototypes, Tensor temperature, Tensor targets,"
+    " SymInt ignore_index, float label_smoothing, str metric, str reduction)"
     " -> (Tensor loss, Tensor largest, Tensor log_sum, Tensor present, Tensor kept)",
     _cross_entropy_fake,
-    "prototype_cross_entropy_backward(Tensor grad_loss, Tensor queries, Tensor prototypes, Tensor temperature, Tensor targets,"
-    " Tensor largest, Tensor log_sum, Tensor present, Tensor kept, SymInt ignore_index, float label_smoothing, str metric,"
-    " str reduction, bool need_queries, bool need_prototypes, bool need_temperature)"
+    "prototype_cross_entropy_backward(Tensor grad_loss, Tensor queries, Tensor prototypes, Tensor temperature,"
+    " Tensor targets, Tensor largest, Tensor log_sum, Tensor present, Tensor kept, SymInt ignore_index,"
+    " float label_smoothing, str metric, str reduction, bool need_queries, bool need_prototypes, bool need_temperature)"
     " -> (Tensor grad_queries, Tensor grad_prototypes, Tensor grad_temperature)",
-    lambda grad_loss, queries, prototypes, temperature, *rest: _gradients_fake(queries, prototypes, temperature, *rest[-3:]),
+    lambda grad_loss, queries, prototypes, temperature, *rest: _gradients_fake(
+        queries, prototypes, temperature, *rest[-3:]
+    ),
     _cross_entropy_formula,
 )
 
 
-def _prototypical_fake(
-    support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction
-):
+def _prototypical_fake(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction):
     like = accumulate(queries)
     *batch, num_queries, num_features = queries.shape
     return (
@@ -134,9 +132,7 @@ def _prototypical_fake(
     )
 
 
-def _prototypical_formula(
-    support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction
-):
+def _prototypical_formula(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction):
     prototypes = reference.class_means(support, support_labels, num_classes)
     with no_autocast(queries):
         logits, _ = class_logits(queries, prototypes, metric, temperature)
@@ -146,17 +142,17 @@ def _prototypical_formula(
         return losses.mean(-1) if reduction == "mean" else losses.sum(-1)
 
 
-# temperature: one an episode. prototypes: NaN for a class without support. weights: what the difference of a query from a
-# prototype (for the cosine: the prototype's direction) is multiplied by in the gradient of the query's loss; slopes: the
-# derivative of that loss by the temperature.
+# temperature: one an episode. prototypes: NaN for a class without support. weights: what the difference of a query from
+# a prototype (for the cosine: the prototype's direction) is multiplied by in the gradient of the query's loss; slopes:
+# the derivative of that loss by the temperature.
 _prototypical_loss = fused(
     "prototypical_loss(Tensor support, Tensor queries, Tensor temperature, Tensor support_labels, Tensor query_labels,"
     " SymInt num_classes, str metric, str reduction)"
     " -> (Tensor loss, Tensor prototypes, Tensor counts, Tensor weights, Tensor slopes)",
     _prototypical_fake,
-    "prototypical_loss_backward(Tensor grad_loss, Tensor support, Tensor queries, Tensor temperature, Tensor support_labels,"
-    " Tensor query_labels, Tensor prototypes, Tensor counts, Tensor weights, Tensor slopes, SymInt num_classes, str metric,"
-    " str reduction, bool need_support, bool need_queries, bool need_temperature)"
+    "prototypical_loss_backward(Tensor grad_loss, Tensor support, Tensor queries, Tensor temperature,"
+    " Tensor support_labels, Tensor query_labels, Tensor prototypes, Tensor counts, Tensor weights, Tensor slopes,"
+    " SymInt num_classes, str metric, str reduction, bool need_support, bool need_queries, bool need_temperature)"
     " -> (Tensor grad_support, Tensor grad_queries, Tensor grad_temperature)",
     lambda grad_loss, support, queries, temperature, *rest: _gradients_fake(support, queries, temperature, *rest[-3:]),
     _prototypical_formula,
@@ -171,9 +167,11 @@ def _nearest_fake(queries, prototypes, k, metric):
 _nearest_prototype = fused(
     "nearest_prototype(Tensor queries, Tensor prototypes, SymInt k, str metric) -> (Tensor distances, Tensor indices)",
     _nearest_fake,
-    "nearest_prototype_backward(Tensor grad_distances, Tensor queries, Tensor prototypes, Tensor indices, SymInt k, str metric,"
-    " bool need_queries, bool need_prototypes) -> (Tensor grad_queries, Tensor grad_prototypes)",
-    lambda grad_distances, queries, prototypes, indices, k, metric, *needs: _gradients_fake(queries, prototypes, *needs),
+    "nearest_prototype_backward(Tensor grad_distances, Tensor queries, Tensor prototypes, Tensor indices, SymInt k,"
+    " str metric, bool need_queries, bool need_prototypes) -> (Tensor grad_queries, Tensor grad_prototypes)",
+    lambda grad_distances, queries, prototypes, indices, k, metric, *needs: _gradients_fake(
+        queries, prototypes, *needs
+    ),
     lambda queries, prototypes, k, metric: reference.nearest_prototype(queries, prototypes, k=k, metric=metric)[0],
 )
 
@@ -193,9 +191,7 @@ def _temperature_of_each(temperature: float | Tensor, queries: Tensor) -> Tensor
 
 
 @specified_by(reference.class_means)
-def class_means(
-    support: Tensor, labels: Tensor, num_classes: int, *, empty: str = "nan", process_group=None
-) -> Tensor:
+def class_means(support: Tensor, labels: Tensor, num_classes: int, *, empty: str = "nan", process_group=None) -> Tensor:
     labels = check_means(support, labels, num_classes)
     checks.option("empty", empty, ("nan", "zero"))
     if serve("class_means", support) == "reference":
@@ -302,7 +298,7 @@ def prototypical_loss(
     reduction: str = "mean",
     process_group=None,
 ) -> Tensor:
-    options = dict(metric=metric, temperature=temperature, reduction=reduction, process_group=process_group)
+    options = {"metric": metric, "temperature": temperature, "reduction": reduction, "process_group": process_group}
     support, support_labels, queries, query_labels = check_episode(
         support, support_labels, queries, query_labels, num_classes, metric, temperature, reduction
     )

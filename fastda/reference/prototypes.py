@@ -70,9 +70,7 @@ def labels_in_range(name: str, labels: Tensor, num_classes: int) -> tuple[Tensor
 # Class means
 
 
-def class_means(
-    support: Tensor, labels: Tensor, num_classes: int, *, empty: str = "nan", process_group=None
-) -> Tensor:
+def class_means(support: Tensor, labels: Tensor, num_classes: int, *, empty: str = "nan", process_group=None) -> Tensor:
     r"""Prototypes: the mean of the support samples of each class.
 
     .. math:: p_c = \frac{1}{|S_c|} \sum_{s \in S_c} x_s, \qquad S_c = \{ s : \text{label}_s = c \}
@@ -238,7 +236,9 @@ def nearest_prototype(
         distances, is_empty = _distances_and_empty(queries, prototypes, metric)
         distances = torch.where(is_empty, math.nan, distances)
         order = distances.detach().sort(dim=-1, stable=True).indices  # NaN sorts last
-        order = order.gather(-1, is_empty.expand_as(order).gather(-1, order).to(torch.uint8).sort(dim=-1, stable=True).indices)
+        order = order.gather(
+            -1, is_empty.expand_as(order).gather(-1, order).to(torch.uint8).sort(dim=-1, stable=True).indices
+        )
         indices = order[..., :k].contiguous()
         return distances.gather(-1, indices), indices
 
@@ -246,7 +246,9 @@ def nearest_prototype(
 def check_k(k: int, prototypes: Tensor) -> int:
     k = checks.whole_number("k", k, 1)
     if k > prototypes.shape[-2]:
-        raise ValueError(f"k: expected at most the number of prototypes, {prototypes.shape[-2]}, got {k}; ask for fewer")
+        raise ValueError(
+            f"k: expected at most the number of prototypes, {prototypes.shape[-2]}, got {k}; ask for fewer"
+        )
     return k
 
 
