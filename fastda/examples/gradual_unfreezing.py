@@ -1,7 +1,6 @@
 """Gradual unfreezing: a layer joins every ten epochs, from twenty labelled phone images of each digit."""
 
-from digits import labelled_phone, phone_test, pretrained
-
+from fastda.examples.digits import labelled_phone, phone_test, pretrained
 from fastda.finetuning import GradualUnfreezing
 from fastda.methods import SourceOnly
 from fastda.training import evaluate, fit

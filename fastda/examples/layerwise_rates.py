@@ -1,8 +1,8 @@
 """Fine-tune all layers, lower ones more slowly, from twenty labelled phone images of each digit."""
 
 import torch
-from digits import labelled_phone, phone_test, pretrained
 
+from fastda.examples.digits import labelled_phone, phone_test, pretrained
 from fastda.finetuning import layerwise_lr_decay
 from fastda.methods import SourceOnly
 from fastda.training import evaluate, fit

@@ -1,7 +1,6 @@
 """No adaptation: what a network that was trained in the studio makes of phone images."""
 
-from digits import phone_test, pretrained, studio_test
-
+from fastda.examples.digits import phone_test, pretrained, studio_test
 from fastda.methods import SourceOnly
 from fastda.training import evaluate
 

@@ -1,13 +1,12 @@
-"""Fine-tune the top two layers, from twenty labelled phone images of each digit."""
+"""Feature extraction: learn a new classifier on frozen features, from twenty labelled phone images of each digit."""
 
-from digits import labelled_phone, phone_test, pretrained
-
-from fastda.finetuning import unfreeze_top
+from fastda.examples.digits import labelled_phone, phone_test, pretrained
+from fastda.finetuning import feature_extraction
 from fastda.methods import SourceOnly
 from fastda.training import evaluate, fit
 
 network = pretrained()
-method = unfreeze_top(SourceOnly(network.features, network.classifier), 2)
+method = feature_extraction(SourceOnly(network.features, network.classifier))
 before = evaluate(method, phone_test).accuracy
 fit(method, labelled_phone(shots=20), epochs=60)
 after = evaluate(method, phone_test).accuracy

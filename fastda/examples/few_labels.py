@@ -1,6 +1,6 @@
 """Adaptation plus fine-tuning: all phone images, of which five of each digit are labelled."""
 
-from digits import DOMAINS, phone_test, pretrained, studio
+from fastda.examples.digits import DOMAINS, phone_test, pretrained, studio
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastda.methods import DeepCORAL

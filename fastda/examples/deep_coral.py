@@ -1,7 +1,6 @@
 """Deep CORAL: adapt a pretrained network to phone images without a single label of them."""
 
-from digits import phone, phone_test, pretrained, studio
-
+from fastda.examples.digits import phone, phone_test, pretrained, studio
 from fastda.methods import DeepCORAL
 from fastda.training import evaluate, fit
 

@@ -1,12 +1,12 @@
-"""Fine-tune all layers at a tenth of the rate of pretraining, from twenty labelled phone images of each digit."""
+"""Fine-tune the top two layers, from twenty labelled phone images of each digit."""
 
-from digits import labelled_phone, phone_test, pretrained
-
+from fastda.examples.digits import labelled_phone, phone_test, pretrained
+from fastda.finetuning import unfreeze_top
 from fastda.methods import SourceOnly
 from fastda.training import evaluate, fit
 
 network = pretrained()
-method = SourceOnly(network.features, network.classifier)
+method = unfreeze_top(SourceOnly(network.features, network.classifier), 2)
 before = evaluate(method, phone_test).accuracy
 fit(method, labelled_phone(shots=20), epochs=60)
 after = evaluate(method, phone_test).accuracy

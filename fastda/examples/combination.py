@@ -1,7 +1,6 @@
 """Deep CORAL and DANN together; the weights of the best epoch are kept, chosen without target labels."""
 
-from digits import phone, phone_test, pretrained, studio
-
+from fastda.examples.digits import phone, phone_test, pretrained, studio
 from fastda.methods import CORALTerm, DomainAdversarialTerm, Method
 from fastda.schedules import dann_lambda
 from fastda.training import evaluate, fit

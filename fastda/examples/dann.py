@@ -1,7 +1,6 @@
 """DANN: train the features against a domain classifier, without a single label of the phone images."""
 
-from digits import phone, phone_test, pretrained, studio
-
+from fastda.examples.digits import phone, phone_test, pretrained, studio
 from fastda.methods import DANN
 from fastda.schedules import dann_lambda
 from fastda.training import evaluate, fit
