@@ -52,8 +52,9 @@ inline void check_features(const char* name, const at::Tensor& x) {
 }
 
 inline void check_same(const char* name, const at::Tensor& x, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 2) == other.sizes().slice(0, other.dim() - 2) && x.size(-1) == other.size(-1),
-                    name, ": expected the batch dimensions and features of ", other_name, ", ", other.sizes(), ", got ",
+  const auto batch = [](const at::Tensor& tensor) { return tensor.sizes().slice(0, tensor.dim() - 2); };
+  TORCH_CHECK_VALUE(batch(x) == batch(other) && x.size(-1) == other.size(-1), name,
+                    ": expected the batch dimensions and features of ", other_name, ", ", other.sizes(), ", got ",
                     x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == other.scalar_type(), name, ": expected the dtype of ", other_name, ", ",
                    other.scalar_type(), ", got ", x.scalar_type());

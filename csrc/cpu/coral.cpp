@@ -164,8 +164,8 @@ double careful_norm(const Tensor& source, const Tensor& target, const Tensor& me
   return std::isfinite(norm) ? norm_in_basis(samples, problem) : norm;
 }
 
-// One layer: samples (batch, N, D) of both domains; results (batch), (batch, 2, D) and (batch, side, side), dense but for
-// the batch dimension.
+// One layer: samples (batch, N, D) of both domains; results (batch), (batch, 2, D) and (batch, side, side), which are
+// dense but for the batch dimension.
 struct Layer {
   Problem problem;
   Tensor source, target, loss, mean_distance, means, products;

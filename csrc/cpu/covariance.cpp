@@ -33,7 +33,8 @@ void backward(const Tensor& grad_value, const Tensor& x, const Tensor& mean, int
   for_batch(x.size(0), [&](int64_t b) {
     const Samples<T> samples(x, b, data<double>(mean) + b * size);
     T* grad = data<T>(grad_x) + b * rows * size;
-    multiply_symmetric(samples, grad_value.const_data_ptr<T>() + b * size * size, true, 1.0 / (rows - correction), grad);
+    const T* incoming = grad_value.const_data_ptr<T>() + b * size * size;
+    multiply_symmetric(samples, incoming, true, 1.0 / (rows - correction), grad);
     centre_gradient(grad, rows, size);
   });
 }

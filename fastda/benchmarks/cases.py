@@ -228,7 +228,8 @@ def _episodes_with_classes(sizes, normal, labels) -> tuple:
     support, support_labels, queries, query_labels, num_classes = _episode(sizes, normal, labels)
     centres = 0.25 * normal(sizes["episodes"], num_classes, sizes["features"]) * sizes["features"] ** -0.25
     each = [
-        x + centres.gather(1, y.unsqueeze(-1).expand(x.shape)) for x, y in ((support, support_labels), (queries, query_labels))
+        x + centres.gather(1, y.unsqueeze(-1).expand(x.shape))
+        for x, y in ((support, support_labels), (queries, query_labels))
     ]
     return each[0], support_labels, each[1], query_labels
 
@@ -303,7 +304,7 @@ def _training_step_work(sizes, itemsize) -> Work:
 
 
 def _maml_work(sizes, itemsize) -> Work:
-    """Of each task, the products of both passes and of the second derivative: ten times the network's, by their formulas."""
+    """Of each task, the products of both passes and of the second derivative: by their formulas ten times the network's."""
     points = sizes["tasks"] * sizes["shots"]
     products = 2 * points * (fewshot.HIDDEN**2 + 2 * fewshot.HIDDEN)
     return Work(10 * products, 4 * points * itemsize)

@@ -1,1 +1,1 @@
-"""Programs of under twenty lines, each of which adapts the digits of `fastda demo`: `python -m fastda.examples.dann`."""
+"""Programs of under twenty lines that adapt the digits of `fastda demo`: `python -m fastda.examples.dann`."""

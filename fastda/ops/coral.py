@@ -44,8 +44,8 @@ def _coral_formula(source, target, correction, scale):
     return loss, means.square().sum(-1) / max(source.shape[-1], 1)
 
 
-# means: of source and target, in float64, so that centring loses nothing. products: the Gram matrix of all centred samples, or
-# the difference of the covariances where that is smaller.
+# means: of source and target, in float64, so that centring loses nothing. products: the Gram matrix of all centred
+# samples, or the difference of the covariances where that is smaller.
 _coral_loss = fused(
     "coral_loss(Tensor source, Tensor target, int correction, str scale)"
     " -> (Tensor loss, Tensor mean_distance, Tensor means, Tensor products)",
@@ -83,16 +83,16 @@ def _layers_formula(sources, targets, num_source, num_target, num_features, weig
     return torch.stack(losses, -1), torch.stack(mean_distances, -1)
 
 
-# All layers of a network, flat, one after the other: the samples of the source, and those of the target. What is saved is
-# laid out the same way.
+# All layers of a network, flat, one after the other: the samples of the source, and those of the target. What is saved
+# is laid out the same way.
 _coral_layers = fused(
     "coral_layers(Tensor sources, Tensor targets, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features,"
     " float[] weights, int correction, str scale)"
     " -> (Tensor losses, Tensor mean_distances, Tensor means, Tensor products)",
     _layers_fake,
-    "coral_layers_backward(Tensor grad_losses, Tensor grad_mean_distances, Tensor sources, Tensor targets, Tensor means,"
-    " Tensor products, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights, int correction,"
-    " str scale, bool need_sources, bool need_targets) -> (Tensor grad_sources, Tensor grad_targets)",
+    "coral_layers_backward(Tensor grad_losses, Tensor grad_mean_distances, Tensor sources, Tensor targets,"
+    " Tensor means, Tensor products, SymInt[] num_source, SymInt[] num_target, SymInt[] num_features, float[] weights,"
+    " int correction, str scale, bool need_sources, bool need_targets) -> (Tensor grad_sources, Tensor grad_targets)",
     _coral_backward_fake,
     _layers_formula,
 )

@@ -146,8 +146,8 @@ def check_layers(sources, targets, num_source, num_target, num_features, weights
         total = sum(n * d for n, d in zip(counts, num_features))
         if not len(counts) == len(num_features) == len(weights) > 0 or x.shape[-1] != total:
             raise ValueError(
-                f"{name}: expected {total} a batch element for layers of {list(counts)} samples of {list(num_features)} "
-                f"features, got shape {tuple(x.shape)}; flatten and join the layers"
+                f"{name}: expected {total} a batch element for layers of {list(counts)} samples of "
+                f"{list(num_features)} features, got shape {tuple(x.shape)}; flatten and join the layers"
             )
     if sources.shape[:-1] != targets.shape[:-1]:
         expected = f"the batch dimensions of sources, {tuple(sources.shape)}"
