@@ -88,7 +88,7 @@ def test_identical_domains_give_exactly_zero(samples, features, dtype, layers):
         assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize("samples, features", [(40, 700), (32, 256), (64, 4096), (200, 64), (400, 128), (300, 300)])
+@pytest.mark.parametrize("samples, features", [(40, 700), (32, 256), (64, 1500), (200, 64), (400, 128), (300, 300)])
 @pytest.mark.parametrize("noise", [0.3, 0.2, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_domains_that_nearly_agree(samples, features, noise):
     """What cancels in ‖Cs − Ct‖² is taken in float64: the relative error stays below 1e-6."""

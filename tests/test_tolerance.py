@@ -91,7 +91,10 @@ def permuted(name: str, order: torch.Tensor):
 FEATURES = ("x", "source", "target", "support", "queries", "prototypes")
 
 
-@pytest.mark.parametrize("name", ["covariance", "coral_loss", "pairwise_distance", "prototypical_loss"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("coral_loss", "prototypical_loss")]
+
+
+@pytest.mark.parametrize("name", ["covariance", "pairwise_distance", *SLOW])
 def test_accepts_the_reference_on_permuted_features(name):
     op = BY_NAME[name]
     generator = torch.Generator().manual_seed(0)

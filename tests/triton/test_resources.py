@@ -33,7 +33,7 @@ def check(kernels):
 @pytest.mark.parametrize(
     "case, target, kernels, instruction",
     [
-        ("coral 64×2048 GPU", "sm_90", 4, "f64"),
+        pytest.param("coral 64×2048 GPU", "sm_90", 4, "f64", marks=pytest.mark.slow),
         ("coral 16384×2048 bf16 GPU", "sm_90", 5, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
     ],
 )
