@@ -60,16 +60,19 @@ FASTDA_INLINE void sum_lanes(const typename Grid<T>::Vector* x, T* out) {
   }
 }
 
-// Σ_d (q_d − p_d)² or Σ_d q_d p_d of a few queries and a few classes.
+// Σ_d (q_d − p_d)² or Σ_d q_d p_d of a few queries and a few classes. The next queries lie `ahead` of these.
 template <typename T, bool product>
-FASTDA_INLINE void sum_features(const T* const* q, const T* const* p, int64_t depth, T* out) {
+FASTDA_INLINE void sum_features(const T* const* q, int64_t ahead, const T* const* p, int64_t depth, T* out) {
   using G = Grid<T>;
   typename G::Vector sum[G::queries * G::classes], left[G::queries];
 #pragma GCC unroll 32
   for (int64_t i = 0; i < G::queries * G::classes; ++i) sum[i] = typename G::Vector{};
   for (int64_t d = 0; d < depth; d += G::lanes) {
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < G::queries; ++i) left[i] = G::load(q[i] + d);
+    for (int64_t i = 0; i < G::queries; ++i) {
+      left[i] = G::load(q[i] + d);
+      __builtin_prefetch(q[i] + d + ahead);
+    }
 #pragma GCC unroll 8
     for (int64_t j = 0; j < G::classes; ++j) {
       const typename G::Vector right = G::load(p[j] + d);
@@ -103,7 +106,8 @@ void sum_features_of(const T* q, int64_t q_stride, int64_t queries, const T* p, 
       for (int64_t j = first; j < last; j += G::classes) {
         const int64_t some_classes = least(G::classes, last - j);
         for (int64_t r = 0; r < G::classes; ++r) p_rows[r] = p + (j + least(r, some_classes - 1)) * p_stride;
-        sum_features<T, product>(q_rows, p_rows, depth, sums);
+        const int64_t ahead = j == 0 && i + G::queries < queries ? G::queries * q_stride : 0;
+        sum_features<T, product>(q_rows, ahead, p_rows, depth, sums);
         for (int64_t r = 0; r < some_queries; ++r) {
           T* to = out + (i + r) * out_stride + j;
           for (int64_t c = 0; c < some_classes; ++c) to[c] = sums[r * G::classes + c];
@@ -123,45 +127,59 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
   }
 }
 
-// Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own.
+// Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own. The difference is
+// taken in two steps, (x − c) Σ_k w_k + Σ_k w_k (c − y_k): the second serves all rows.
 template <typename T, bool product, int rows, int vectors>
-FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_stride,
-                               int64_t samples, typename Grid<T>::Vector (*sum)[vectors]) {
+FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* totals, const T* c,
+                               const T* y, int64_t y_stride, int64_t samples,
+                               typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
-  typename G::Vector at[rows][vectors];
+  typename G::Vector centre[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) centre[v] = product ? typename G::Vector{} : G::load(c + v * G::lanes);
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      at[r][v] = product ? typename G::Vector{} : G::load(x[r] + v * G::lanes);
-      sum[r][v] = typename G::Vector{};
+      sum[r][v] = product ? typename G::Vector{} : (G::load(x[r] + v * G::lanes) - centre[v]) * totals[r];
     }
   }
   for (int64_t k = 0; k < samples; ++k, y += y_stride) {
     typename G::Vector right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = G::load(y + v * G::lanes);
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = product ? G::load(y + v * G::lanes) : centre[v] - G::load(y + v * G::lanes);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const T weight = w[r][k * w_step];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * (product ? right[v] : at[r][v] - right[v]);
+      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * right[v];
     }
   }
 }
 
-// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for all rows x and the columns begin to end, or added to it. w of row r and
-// sample k: w[r · w_row + k · w_step]. Columns from `width` on are filling, and not written.
+constexpr int64_t most_summed_rows = 128;
+
+// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for up to most_summed_rows rows x and the columns begin to end, or added to it.
+// w of row r and sample k: w[r · w_row + k · w_step]. c is near the samples. Columns from `width` on are filling, and
+// not written.
 template <typename T, bool product, int rows, int vectors>
-void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
-                    int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
-                    int64_t out_stride) {
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
+                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add,
+                    T* out, int64_t out_stride) {
   using G = Grid<T>;
   constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
   typename G::Vector sum[rows][vectors];
   const T *x_rows[rows], *w_rows[rows];
+  T totals[most_summed_rows + rows] = {};
   for (int64_t k = 0; k < samples || k == 0; k += chunk) {
     const int64_t some = least(chunk, samples - k);
+    for (int64_t i = 0; !product && i < count; ++i) {
+      double total = 0;
+      for (int64_t j = k; j < k + some; ++j) total += static_cast<double>(w[i * w_row + j * w_step]);
+      totals[i] = static_cast<T>(total);
+    }
     for (int64_t d = begin; d < end; d += vectors * G::lanes) {
       for (int64_t i = 0; i < count; i += rows) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -169,7 +187,8 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
           x_rows[r] = x + row * x_stride + d;
           w_rows[r] = w + row * w_row + k * w_step;
         }
-        sum_samples<T, product, rows, vectors>(x_rows, w_rows, w_step, y + k * y_stride + d, y_stride, some, sum);
+        sum_samples<T, product, rows, vectors>(x_rows, w_rows, w_step, totals + i, c + d, y + k * y_stride + d,
+                                               y_stride, some, sum);
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
           T* to = out + (i + r) * out_stride + d;
           for (int64_t v = 0; v < vectors && d + v * G::lanes < width; ++v) {
@@ -183,45 +202,206 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
 
 // Many rows, or few with more of their columns: as much as the registers hold.
 template <typename T, bool product>
-void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
-                    int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add, T* out,
-                    int64_t out_stride) {
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
+                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add,
+                    T* out, int64_t out_stride) {
   constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
-  constexpr int64_t many = wide ? 10 : 5, few = 5, vectors = wide ? 2 : 1;
+  constexpr int64_t many = wide ? 10 : 5, few = 5, of_many = 2, of_few = wide ? 4 : 2;
   const int64_t rest = count % many, whole = rest <= few ? count - rest : count;
+  const auto split = [&](int64_t vectors) {
+    const int64_t at_once = vectors * Grid<T>::lanes;
+    return begin + (end - begin) / at_once * at_once;
+  };
   if (whole > 0) {
-    sum_samples_of<T, product, many, 1>(x, x_stride, whole, w, w_row, w_step, y, y_stride, samples, begin, end, width,
-                                        add, out, out_stride);
+    const int64_t middle = split(of_many);
+    sum_samples_of<T, product, many, of_many>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, begin,
+                                              middle, width, add, out, out_stride);
+    sum_samples_of<T, product, many, 1>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, middle, end,
+                                        width, add, out, out_stride);
   }
   if (whole == count) return;
   x += whole * x_stride;
   w += whole * w_row;
   out += whole * out_stride;
-  const int64_t middle = begin + (end - begin) / (vectors * Grid<T>::lanes) * (vectors * Grid<T>::lanes);
-  sum_samples_of<T, product, few, vectors>(x, x_stride, rest, w, w_row, w_step, y, y_stride, samples, begin, middle,
-                                           width, add, out, out_stride);
-  sum_samples_of<T, product, few, 1>(x, x_stride, rest, w, w_row, w_step, y, y_stride, samples, middle, end, width, add,
-                                     out, out_stride);
+  const int64_t middle = split(of_few);
+  sum_samples_of<T, product, few, of_few>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
+                                          width, add, out, out_stride);
+  sum_samples_of<T, product, few, 1>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, middle, end, width,
+                                     add, out, out_stride);
 }
 
 template <typename T>
 void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row,
-                    int64_t w_step, const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end,
-                    int64_t width, bool add, T* out, int64_t out_stride) {
+                    int64_t w_step, const T* c, const T* y, int64_t y_stride, int64_t samples, int64_t begin,
+                    int64_t end, int64_t width, bool add, T* out, int64_t out_stride) {
   const auto run = product ? &sum_samples_of<T, true> : &sum_samples_of<T, false>;
-  run(x, x_stride, count, w, w_row, w_step, y, y_stride, samples, begin, end, width, add, out, out_stride);
+  run(x, x_stride, count, w, w_row, w_step, c, y, y_stride, samples, begin, end, width, add, out, out_stride);
 }
 
-// Many rows and many samples: Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with a centre c of the samples,
-// the last sum from packed samples.
+// Many rows and many columns: products on packed panels, of points less one near them all. What is subtracted is no part
+// of a distance, but is what cancels in ‖q‖² − 2q·p + ‖p‖².
 
-// Samples less their centre in panels of two vectors: packed[(d / panel · samples + k) · panel + d % panel], for the
-// columns from begin to end, of which `depth` are there.
+// A panel of columns: element (k, j) of its matrix lies at packed[(j / columns * depth + k) * columns + j % columns].
+template <typename T>
+struct Panel {
+  static constexpr int rows = FASTDA_VECTOR_BYTES == 64 ? 8 : 6;  // that are multiplied at once: what the registers hold
+  static constexpr int64_t columns = 2 * Grid<T>::lanes;
+  static constexpr int64_t depth = 24576 / (columns * sizeof(T));  // of a panel that stays in the first cache
+};
+
+template <typename T>
+void panel_width(int64_t* columns) {
+  *columns = Panel<T>::columns;
+}
+
+template <typename T>
+void prefetch(const T* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
+}
+
+// sum(r, j) = Σ_k a[r][k · step] b(k, j); neighbours: a[r] is a[0] + r.
+template <typename T, bool neighbours>
+FASTDA_INLINE void multiply_panel(const T* const* a, int64_t step, const T* b, int64_t depth,
+                                  typename Grid<T>::Vector (*sum)[2]) {
+  using G = Grid<T>;
+  constexpr int rows = Panel<T>::rows;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = typename G::Vector{};
+  const T* rows_of_k = a[0];
+  for (int64_t k = 0; k < depth; ++k, b += 2 * G::lanes, rows_of_k += step) {
+    const typename G::Vector first = G::load(b), second = G::load(b + G::lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const T left = neighbours ? rows_of_k[r] : a[r][k * step];
+      sum[r][0] += left * first;
+      sum[r][1] += left * second;
+    }
+  }
+}
+
+// Rows of x less the centre, dense; their squared norms too.
+template <typename T>
+void centre_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const T* centre, T* out, T* norms) {
+  constexpr int64_t chunk = 64;
+  for (int64_t i = 0; i < rows; ++i, x += stride, out += depth) {
+    double norm = 0;
+    for (int64_t k = 0; k < depth; k += chunk) {
+      const int64_t end = least(k + chunk, depth);
+      T sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t d = k; d < end; ++d) {
+        out[d] = x[d] - centre[d];
+        sum += out[d] * out[d];
+      }
+      norm += static_cast<double>(sum);
+    }
+    norms[i] = static_cast<T>(norm);
+  }
+}
+
+// A square of vectors turned over: lane j of vector i becomes lane i of vector j.
+template <int group, int lanes, typename Vector, size_t... lane>
+FASTDA_INLINE void turn(Vector* x, std::index_sequence<lane...> all) {
+  if constexpr (group < lanes) {
+    Vector turned[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      const int low = i / (2 * group) * 2 * group + i % group;
+      turned[i] = i / group % 2 == 0
+                      ? FASTDA_SHUFFLE(x[low], x[low + group],
+                                       int(lane / group % 2 == 0 ? lane : lanes + lane - group)...)
+                      : FASTDA_SHUFFLE(x[low], x[low + group],
+                                       int(lane / group % 2 == 0 ? lane + group : lanes + lane)...);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) x[i] = turned[i];
+    turn<2 * group, lanes>(x, all);
+  }
+}
+
+// Classes less the centre as the columns of one panel; their squared norms too. The depth is a whole number of vectors.
+template <typename T>
+void pack_classes(const T* p, int64_t stride, int64_t classes, int64_t depth, const T* centre, T* packed, T* norms) {
+  using G = Grid<T>;
+  constexpr int64_t lanes = G::lanes, columns = Panel<T>::columns, chunk = 64;
+  for (int64_t first = 0; first < columns; first += lanes) {
+    double norm[lanes] = {};
+    for (int64_t begin = 0; begin < depth; begin += chunk) {
+      typename G::Vector sum = {};
+      for (int64_t k = begin; k < least(begin + chunk, depth); k += lanes) {
+        const typename G::Vector middle = G::load(centre + k);
+        typename G::Vector x[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) {
+          x[i] = first + i < classes ? G::load(p + (first + i) * stride + k) - middle : typename G::Vector{};
+        }
+        turn<1, lanes>(x, std::make_index_sequence<lanes>{});
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) {
+          sum += x[i] * x[i];
+          G::store(packed + (k + i) * columns + first, x[i]);
+        }
+      }
+      for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(sum[i]);
+    }
+    for (int64_t i = 0; i < lanes; ++i) norms[first + i] = static_cast<T>(norm[i]);
+  }
+}
+
+// Products of centred queries with the classes of one panel.
+template <typename T>
+void products_with_panel(const T* q, int64_t queries, const T* packed, int64_t depth, int64_t classes, T* out,
+                         int64_t out_stride) {
+  using G = Grid<T>;
+  constexpr int64_t rows = Panel<T>::rows, columns = Panel<T>::columns;
+  typename G::Vector sum[rows][2];
+  const T* q_rows[rows];
+  for (int64_t k = 0; k < depth || k == 0; k += Panel<T>::depth) {
+    for (int64_t i = 0; i < queries; i += rows) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = least(i + r, queries - 1);
+        q_rows[r] = q + row * depth + k;
+        prefetch(out + row * out_stride, columns);
+      }
+      multiply_panel<T, false>(q_rows, 1, packed + k * columns, least(Panel<T>::depth, depth - k), sum);
+      for (int64_t r = 0; r < least(rows, queries - i); ++r) {
+        T* to = out + (i + r) * out_stride;
+        G::put(sum[r][0], k > 0, to, classes);
+        if (classes > G::lanes) G::put(sum[r][1], k > 0, to + G::lanes, classes - G::lanes);
+      }
+    }
+  }
+}
+
+// Products become squared distances ‖q‖² − 2q·p + ‖p‖², taken from differences where these cancel, overflow or are NaN.
+template <typename T>
+void distances_from_products(const T* q, int64_t q_stride, const T* q_norms, int64_t queries, const T* p,
+                             int64_t p_stride, const T* p_norms, int64_t classes, int64_t depth, T* out,
+                             int64_t out_stride) {
+  constexpr T cancels = static_cast<T>(0.25), infinity = std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < queries; ++i, out += out_stride) {
+    const T norm = q_norms[i];
+    int good = 1;
+#pragma omp simd reduction(& : good)
+    for (int64_t c = 0; c < classes; ++c) {
+      const T squares = norm + p_norms[c], squared = squares - 2 * out[c];
+      out[c] = squared;
+      good &= squared >= cancels * squares && squares < infinity;
+    }
+    for (int64_t c = 0; !good && c < classes; ++c) {
+      const T squares = norm + p_norms[c];
+      if (out[c] >= cancels * squares && squares < infinity) continue;
+      sum_features_of<T, false>(q + i * q_stride, q_stride, 1, p + c * p_stride, p_stride, 1, depth, out + c, 1);
+    }
+  }
+}
+
+// Samples less their centre in panels, for the columns from begin to end, of which `depth` are there.
 template <typename T>
 void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, int64_t begin, int64_t end,
                   int64_t depth, T* packed) {
   using G = Grid<T>;
-  constexpr int64_t panel = 2 * G::lanes;
+  constexpr int64_t panel = Panel<T>::columns;
   for (int64_t d = begin; d < end; d += G::lanes) {
     T* to = packed + d / panel * samples * panel + d % panel;
     const bool there = d < depth;
@@ -232,38 +412,34 @@ void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, 
   }
 }
 
-template <typename T, int rows>
-FASTDA_INLINE void weigh_panel(const T* const* w, int64_t w_step, const T* y, int64_t samples,
-                               typename Grid<T>::Vector (*sum)[2]) {
-  using G = Grid<T>;
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = typename G::Vector{};
-  for (int64_t k = 0; k < samples; ++k, y += 2 * G::lanes) {
-    const typename G::Vector first = G::load(y), second = G::load(y + G::lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const T weight = w[r][k * w_step];
-      sum[r][0] += weight * first;
-      sum[r][1] += weight * second;
-    }
-  }
-}
-
-// As sum_samples_of, with packed samples; totals holds Σ_k w_k of each row.
+// As sum_samples_of, with packed samples: Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with their centre c;
+// totals holds Σ_k w_k of each row.
 template <typename T>
 void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
                    const T* totals, const T* packed, const T* centre, int64_t samples, int64_t begin, int64_t end,
                    int64_t width, bool add, T* out, int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t rows = 6, panel = 2 * G::lanes, chunk = 128;
+  constexpr int64_t rows = Panel<T>::rows, panel = Panel<T>::columns;
   typename G::Vector sum[rows][2];
   const T* w_rows[rows];
-  for (int64_t k = 0; k < samples; k += chunk) {
+  for (int64_t k = 0; k < samples; k += Panel<T>::depth) {
     for (int64_t d = begin; d < end; d += panel) {
       const T* y = packed + d / panel * samples * panel + k * panel;
       for (int64_t i = 0; i < count; i += rows) {
-        for (int64_t r = 0; r < rows; ++r) w_rows[r] = w + least(i + r, count - 1) * w_row + k * w_step;
-        weigh_panel<T, rows>(w_rows, w_step, y, least(chunk, samples - k), sum);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t row = least(i + r, count - 1);
+          w_rows[r] = w + row * w_row + k * w_step;
+          prefetch<T>(out + row * out_stride + d, panel);  // what is read after the product, from farther caches
+          if (!product && k == 0) prefetch<T>(x + row * x_stride + d, panel);
+        }
+        const int64_t depth = least(Panel<T>::depth, samples - k);
+        if (w_row == 1 && i + rows <= count) {
+          multiply_panel<T, true>(w_rows, w_step, y, depth, sum);
+        } else if (w_step == 1) {
+          multiply_panel<T, false>(w_rows, 1, y, depth, sum);
+        } else {
+          multiply_panel<T, false>(w_rows, w_step, y, depth, sum);
+        }
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
           for (int64_t v = 0; v < 2; ++v) {
             const int64_t column = d + v * G::lanes;
@@ -279,23 +455,29 @@ void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, co
   }
 }
 
-// Σ_k w_k of some rows.
+// Σ_k w_k of some rows, whose weights are neighbours where those of a sample are not.
 template <typename T>
 void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, int64_t samples, T* totals) {
   constexpr int64_t block = 16;
+  if (w_step == 1) {
+    for (int64_t i = 0; i < rows; ++i, w += w_row) {
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = 0; k < samples; ++k) sum += static_cast<double>(w[k]);
+      totals[i] = static_cast<T>(sum);
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; i += block) {
     double sum[block] = {};
     const int64_t some = least(block, rows - i);
     for (int64_t k = 0; k < samples; ++k) {
-      for (int64_t r = 0; r < some; ++r) sum[r] += static_cast<double>(w[(i + r) * w_row + k * w_step]);
+      const T* weights = w + i + k * w_step;
+#pragma omp simd
+      for (int64_t r = 0; r < some; ++r) sum[r] += static_cast<double>(weights[r]);
     }
     for (int64_t r = 0; r < some; ++r) totals[i + r] = static_cast<T>(sum[r]);
   }
-}
-
-template <typename T>
-void panel_width(int64_t* width) {
-  *width = 2 * Grid<T>::lanes;
 }
 
 #undef FASTDA_INLINE

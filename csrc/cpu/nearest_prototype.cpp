@@ -120,8 +120,8 @@ void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const S
         T* row = weights.data() + (i - some.begin) * to.count();
         FASTDA_RUN(weights_from_distances(row, to.empty(), to.count(), n.metric, grad));
       }
-      gradients_from_weights(from, some, to, weights.data(), n.metric, first > 0, grad_queries, some.begin > 0,
-                             of_block);
+      gradients_from_weights(from, some, to, weights.data(), to.count(), n.metric, first > 0, grad_queries,
+                             some.begin > 0, of_block);
     });
     if (of_block) finish_prototypes(to, of_block);
   });
@@ -150,8 +150,8 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
       for (int64_t i = 0; i < n.queries * k; ++i) check_label("indices", which[i], n.classes);
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
       T* grad_prototypes = need_prototypes ? data<T>(of_prototypes) + b * n.classes * n.features : nullptr;
-      bool finite = is_finite(from, {0, n.queries});
-      for_blocks<T>(p, b, n, [&](int64_t, const Points<T>& to) { finite = finite && is_finite(to, {0, to.count()}); });
+      bool finite = from.is_finite();
+      for_blocks<T>(p, b, n, [&](int64_t, const Points<T>& to) { finite = finite && to.is_finite(); });
       if (!finite) return gradients_of_all(from, p, b, n, incoming, which, grad_queries, grad_prototypes);
       const auto neighbour = [&](int64_t i) { return Points<T>::prototypes(p, b, which[i], which[i] + 1, n.metric); };
       const Scratch<T> weights(n.queries * k);

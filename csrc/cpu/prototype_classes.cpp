@@ -121,16 +121,16 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
       const T* incoming = grad.const_data_ptr<T>() + b * n.queries * n.classes;
       T *grad_queries = results.of_queries<T>(n, need_queries, b),
         *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
-      const int64_t at_once = queries_at_once(n, n.classes);
-      const Scratch<T> weights(at_once * n.classes);
+      const int64_t at_once = queries_at_once(n, n.classes), stride = row_stride<T>(n.classes);
+      const Scratch<T> weights(at_once * stride);
       for_ranges(n.queries, at_once, [&](Range block) {
-        if (n.metric == Metric::euclidean) find_distances(from, block, to, n.metric, weights.data(), n.classes);
+        if (n.metric == Metric::euclidean) find_distances(from, block, to, n.metric, weights.data(), stride);
         for_queries<T>(block, 0, [&](int64_t i, T*) {
-          T* row = weights.data() + (i - block.begin) * n.classes;
+          T* row = weights.data() + (i - block.begin) * stride;
           FASTDA_RUN(weights_from_distances(row, to.empty(), n.classes, n.metric, incoming + i * n.classes));
         });
-        gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0,
-                               grad_prototypes);
+        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, false, grad_queries,
+                               block.begin > 0, grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
@@ -155,14 +155,22 @@ std::tuple<Tensor, Tensor, Tensor> prototype_softmax(const Tensor& queries, cons
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       T* rows = data<T>(result) + b * n.queries * n.classes;
       find_distances(from, {0, n.queries}, to, n.metric, rows, n.classes);
+      const T temperature = t.const_data_ptr<T>()[b];
+      T *largest = data<T>(most) + b * n.queries, *log_sum = data<T>(log_sums) + b * n.queries;
+      if (n.classes <= few_classes) {
+        for_lanes<T>(n.queries, n.classes, [&](Range some, T* scratch) {
+          FASTDA_RUN(softmax_of_queries(rows + some.begin * n.classes, to.empty(), some.size(), n.classes, temperature,
+                                        log, scratch, largest + some.begin, log_sum + some.begin));
+        });
+        return;
+      }
       for_queries<T>({0, n.queries}, n.classes, [&](int64_t i, T*) {
-        T *row = rows + i * n.classes, largest = -std::numeric_limits<T>::infinity(), sum = 0;
-        FASTDA_RUN(logits(row, to.empty(), n.classes, t.const_data_ptr<T>()[b], row));
-        FASTDA_RUN(join_softmax(row, n.classes, &largest, &sum));
-        const T log_sum = log_of_sum(largest, sum);
-        FASTDA_RUN(probabilities(row, n.classes, largest, log_sum, log));
-        data<T>(most)[b * n.queries + i] = largest;
-        data<T>(log_sums)[b * n.queries + i] = log_sum;
+        T *row = rows + i * n.classes, sum = 0;
+        largest[i] = -std::numeric_limits<T>::infinity();
+        FASTDA_RUN(logits(row, to.empty(), n.classes, temperature, row));
+        FASTDA_RUN(join_softmax(row, n.classes, largest + i, &sum));
+        log_sum[i] = log_of_sum(largest[i], sum);
+        FASTDA_RUN(probabilities(row, n.classes, largest[i], log_sum[i], log));
       });
     });
   });
@@ -192,25 +200,25 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
       const T* incoming = grad.const_data_ptr<T>() + b * n.queries * n.classes;
       T *grad_queries = results.of_queries<T>(n, need_queries, b),
         *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
-      const int64_t at_once = queries_at_once(n, n.classes);
-      const Scratch<T> weights(at_once * n.classes), slopes(n.queries);
+      const int64_t at_once = queries_at_once(n, n.classes), stride = row_stride<T>(n.classes);
+      const Scratch<T> weights(at_once * stride), slopes(need_temperature ? n.queries : 0);
       for_ranges(n.queries, at_once, [&](Range block) {
-        find_distances(from, block, to, n.metric, weights.data(), n.classes);
+        find_distances(from, block, to, n.metric, weights.data(), stride);
         for_queries<T>(block, n.classes, [&](int64_t i, T* l) {
           const int64_t at = b * n.queries + i;
           const T temperature = t.const_data_ptr<T>()[b];
-          T* row = weights.data() + (i - block.begin) * n.classes;
+          T* row = weights.data() + (i - block.begin) * stride;
           FASTDA_RUN(logits(row, to.empty(), n.classes, temperature, l));
           FASTDA_RUN(
               probabilities(l, n.classes, most.const_data_ptr<T>()[at], log_sums.const_data_ptr<T>()[at], false));
           FASTDA_RUN(through_softmax(l, incoming + i * n.classes, n.classes, log, l));
           const T nearest = to.empty() ? T(0) : -most.const_data_ptr<T>()[at] * temperature;
-          slopes.data()[i] = 0;
-          FASTDA_RUN(
-              weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, nearest, l, slopes.data() + i));
+          T* slope = need_temperature ? slopes.data() + i : nullptr;
+          if (slope) *slope = 0;
+          FASTDA_RUN(weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, nearest, l, slope));
         });
-        gradients_from_weights(from, block, to, weights.data(), n.metric, false, grad_queries, block.begin > 0,
-                               grad_prototypes);
+        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, false, grad_queries,
+                               block.begin > 0, grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
@@ -274,15 +282,16 @@ CrossEntropy prototype_cross_entropy(const Tensor& queries, const Tensor& protot
       std::fill(largest, largest + n.queries, -std::numeric_limits<T>::infinity());
       std::fill(sum, sum + n.queries, T(0));
       std::vector<double> totals(n.queries, 0);
-      const Scratch<T> block(most_at_once * at_once);
+      const int64_t stride = row_stride<T>(at_once);
+      const Scratch<T> block(most_at_once * stride);
       int64_t of_present = 0;
       for_ranges(n.classes, at_once, [&](Range classes) {
         const auto to = Points<T>::prototypes(p, b, classes.begin, classes.end, n.metric);
         of_present += to.present();
         for_ranges(n.queries, most_queries, [&](Range some) {
-          find_distances(from, some, to, n.metric, block.data(), to.count());
+          find_distances(from, some, to, n.metric, block.data(), stride);
           for_queries<T>(some, to.count(), [&](int64_t i, T*) {
-            T* l = block.data() + (i - some.begin) * to.count();
+            T* l = block.data() + (i - some.begin) * stride;
             FASTDA_RUN(logits(l, to.empty(), to.count(), t.const_data_ptr<T>()[b], l));
             FASTDA_RUN(join_softmax(l, to.count(), largest + i, sum + i));
             if (options.smoothing != 0) FASTDA_RUN(add_logits(l, to.empty(), to.count(), &totals[i]));
@@ -353,15 +362,16 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
       const T on_target = static_cast<T>(1 - options.smoothing);
       T *grad_queries = results.of_queries<T>(n, need_queries, b),
         *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
-      const Scratch<T> weights(most_at_once * at_once), slopes(n.queries);
-      std::fill(slopes.data(), slopes.data() + n.queries, T(0));
+      const int64_t stride = row_stride<T>(at_once);
+      const Scratch<T> weights(most_at_once * stride);
+      std::vector<T> slopes(need_temperature ? n.queries : 0);
       for_ranges(n.classes, at_once, [&](Range classes) {
         const auto to = Points<T>::prototypes(p, b, classes.begin, classes.end, n.metric);
         T* of_block = need_prototypes ? grad_prototypes + classes.begin * n.features : nullptr;
         for_ranges(n.queries, most_queries, [&](Range some) {
-          find_distances(from, some, to, n.metric, weights.data(), to.count());
+          find_distances(from, some, to, n.metric, weights.data(), stride);
           for_queries<T>(some, to.count(), [&](int64_t i, T* l) {
-            T* row = weights.data() + (i - some.begin) * to.count();
+            T* row = weights.data() + (i - some.begin) * stride;
             const T of_loss = label[i] == options.ignore_index ? T(0) : incoming[options.reduces ? 0 : i] * share;
             const int64_t at = b * n.queries + i;
             FASTDA_RUN(logits(row, to.empty(), to.count(), temperature, l));
@@ -369,17 +379,16 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
                                              log_sums.const_data_ptr<T>()[at], of_loss, spread));
             if (classes.begin <= label[i] && label[i] < classes.end) l[label[i] - classes.begin] -= of_loss * on_target;
             const T nearest = present_classes < n.classes ? T(0) : -most.const_data_ptr<T>()[at] * temperature;
-            FASTDA_RUN(
-                weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, nearest, l, slopes.data() + i));
+            FASTDA_RUN(weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, nearest, l,
+                                           need_temperature ? &slopes[i] : nullptr));
           });
-          gradients_from_weights(from, some, to, weights.data(), n.metric, classes.begin > 0, grad_queries,
+          gradients_from_weights(from, some, to, weights.data(), stride, n.metric, classes.begin > 0, grad_queries,
                                  some.begin > 0, of_block);
         });
         if (need_prototypes) finish_prototypes(to, of_block);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
-      if (need_temperature)
-        data<T>(of_temperature)[b] = std::accumulate(slopes.data(), slopes.data() + n.queries, T(0));
+      if (need_temperature) data<T>(of_temperature)[b] = std::accumulate(slopes.begin(), slopes.end(), T(0));
     });
   });
   return {gradient_like(results.queries, queries, need_queries),

@@ -146,27 +146,6 @@ Episodes episodes_of(const Tensor& support, const Tensor& queries, const Tensor&
 
 using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Losses, weights and slopes of an episode whose distances stand in `weights`.
-template <typename T>
-void losses_of(const Points<T>& p, const Episodes& n, T temperature, const int64_t* labels, T* weights, T* losses,
-               T* slopes) {
-  at::parallel_for(0, n.queries, thread_grain(n.classes * 32), [&](int64_t begin, int64_t end) {
-    std::vector<T> l(n.classes);
-    for (int64_t q = begin; q < end; ++q) {
-      T *row = weights + q * n.classes, largest = -std::numeric_limits<T>::infinity(), sum = 0;
-      FASTDA_RUN(logits(row, p.empty(), n.classes, temperature, l.data()));
-      FASTDA_RUN(join_softmax(l.data(), n.classes, &largest, &sum));
-      const T log_sum = log_of_sum(largest, sum);
-      losses[q] = -((l[labels[q]] - largest) - log_sum);
-      FASTDA_RUN(through_cross_entropy(l.data(), n.classes, largest, log_sum, T(1), T(0)));
-      l[labels[q]] -= 1;
-      slopes[q] = 0;
-      const T nearest = p.empty() ? T(0) : -largest * temperature;
-      FASTDA_RUN(weights_from_logits(row, p.empty(), n.classes, n.metric, temperature, nearest, l.data(), slopes + q));
-    }
-  });
-}
-
 Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
                           const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
                           c10::string_view metric, c10::string_view reduction) {
@@ -196,7 +175,11 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       T *weight = data<T>(weights) + b * n.queries * n.classes, *each = data<T>(losses) + b * n.queries;
       find_distances(from, {0, n.queries}, to, n.metric, weight, n.classes);
-      losses_of(to, n, t.const_data_ptr<T>()[b], labels, weight, each, data<T>(slopes) + b * n.queries);
+      for_lanes<T>(n.queries, n.classes, [&](Range some, T* scratch) {
+        FASTDA_RUN(losses_of_queries(weight + some.begin * n.classes, to.empty(), some.size(), n.classes, n.metric,
+                                     t.const_data_ptr<T>()[b], labels + some.begin, scratch, each + some.begin,
+                                     data<T>(slopes) + b * n.queries + some.begin));
+      });
       if (!n.reduces) return;
       double sum = 0;
       for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(each[i]);
@@ -240,13 +223,14 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       }
       if (!need_support && !need_queries) return;
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
-      const Scratch<T> scaled(distances), of_prototypes(need_support ? n.classes * n.features : 0);
+      const int64_t stride = row_stride<T>(n.classes);
+      const Scratch<T> scaled(n.queries * stride), of_prototypes(need_support ? n.classes * n.features : 0);
       for (int64_t i = 0; i < n.queries; ++i) {
         FASTDA_RUN(scale(w.const_data_ptr<T>() + b * distances + i * n.classes, grad_of(i), n.classes,
-                         scaled.data() + i * n.classes));
+                         scaled.data() + i * stride));
       }
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
-      gradients_from_weights(from, {0, n.queries}, to, scaled.data(), n.metric, false, grad_queries, false,
+      gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, false, grad_queries, false,
                              need_support ? of_prototypes.data() : nullptr);
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (!need_support) return;

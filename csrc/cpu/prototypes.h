@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t vector_bytes = 64;         // of the widest vectors
 constexpr int64_t block_values = 1 << 18;    // distances held at a time
 constexpr int64_t most_queries = 512;        // of a block
-constexpr int64_t worth_a_thread = 1 << 20;  // multiplications, a few times what starting a thread costs
+constexpr int64_t worth_a_thread = 1 << 19;  // multiplications, a few times what starting a thread costs
 
 // Items that a thread should at least be given, each of `work` multiplications.
 inline int64_t thread_grain(int64_t work) { return std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work)); }
@@ -36,6 +36,12 @@ void visit_rows(const Tensor& x, const F& visit) {
 
 // (batch, rows, columns), the columns dense.
 inline Tensor matrices(const Tensor& x, int64_t batch) { return matrices(x, x.scalar_type(), batch); }
+
+// A range of rows.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
 
 // Rows of x[b], ready for the loops: in dtype T, each a whole number of vectors. An empty prototype is replaced by
 // zeros, so that its NaN reaches nobody; for the cosine the directions stand in for the points.
@@ -55,6 +61,26 @@ class Points {
   const uint8_t* empty() const { return has_empty_ ? empty_.data() : nullptr; }
   bool is_empty(int64_t i) const { return has_empty_ && empty_[i]; }
   int64_t present() const { return has_empty_ ? std::count(empty_.begin(), empty_.end(), 0) : count_; }
+
+  // Whether all rows are finite; found when it is first asked for.
+  bool is_finite() const {
+    if (finite_ < 0) {
+      bool finite = true;
+      for (int64_t i = 0; i < count_ && finite; ++i) FASTDA_RUN(all_finite(row(i), features_, &finite));
+      finite_ = finite;
+    }
+    return finite_ == 1;
+  }
+
+  // The first of some rows that is finite, null if there is none.
+  const T* finite_row(Range rows) const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      bool finite = true;
+      FASTDA_RUN(all_finite(row(i), features_, &finite));
+      if (finite) return row(i);
+    }
+    return nullptr;
+  }
 
   // The gradient of row i through x/‖x‖, in place.
   void through_directions(int64_t begin, int64_t end, T* grad) const {
@@ -121,18 +147,80 @@ class Points {
   bool has_empty_ = false;
   std::vector<uint8_t> empty_;
   std::vector<T> norms_;
+  mutable int finite_ = -1;  // not known yet
 };
 
-// A range of rows.
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
+// A point near the rows of x: what cancels in products of theirs is less without it. 0 if there is none.
+template <typename T>
+std::vector<T> centre_of(const Points<T>& x, Range rows, int64_t width) {
+  constexpr int64_t at_most = 16;  // rows that are enough: near is all it has to be
+  std::vector<T> centre(width);
+  const int64_t count = std::min(at_most, rows.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = x.row(rows.begin + i * rows.size() / count);
+    for (int64_t d = 0; d < x.depth(); ++d) centre[d] += row[d] / static_cast<T>(count);
+  }
+  const auto is_finite = [](T value) { return std::isfinite(value); };
+  if (!std::all_of(centre.begin(), centre.end(), is_finite)) std::fill(centre.begin(), centre.end(), T(0));
+  return centre;
+}
+
+// The distances by way of products.
+template <typename T>
+void find_distances_by_product(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out,
+                               int64_t stride) {
+  constexpr int64_t some_queries = 64;  // whose centred copy stays in the second cache
+  const bool cosine = metric == Metric::cosine;
+  const int64_t depth = q.depth(), classes = p.count();
+  const std::vector<T> centre = cosine ? std::vector<T>(depth) : centre_of(q, queries, depth);
+  int64_t columns = 0;
+  FASTDA_RUN(panel_width<T>(&columns));
+  const int64_t panels = blocks(classes, columns);
+  const Scratch<T> packed(panels * columns * depth), norms(panels * columns);
+  const auto pack = [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * columns;
+      FASTDA_RUN(pack_classes(p.row(first), p.stride(), std::min(columns, classes - first), depth, centre.data(),
+                              packed.data() + first * depth, norms.data() + first));
+    }
+  };
+  const auto multiply = [&](Range rows, int64_t begin, int64_t end) {
+    const Scratch<T> centred(some_queries * (depth + 1));
+    T* row_norms = centred.data() + some_queries * depth;
+    for (int64_t i = rows.begin; i < rows.end; i += some_queries) {
+      const int64_t count = std::min(some_queries, rows.end - i);
+      FASTDA_RUN(centre_rows(q.row(i), q.stride(), count, depth, centre.data(), centred.data(), row_norms));
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first = panel * columns, width = std::min(columns, classes - first);
+        T* to = out + (i - queries.begin) * stride + first;
+        FASTDA_RUN(products_with_panel(centred.data(), count, packed.data() + first * depth, depth, width, to, stride));
+        if (!cosine) {
+          FASTDA_RUN(distances_from_products(q.row(i), q.stride(), row_norms, count, p.row(first), p.stride(),
+                                             norms.data() + first, width, depth, to, stride));
+        }
+        for (int64_t r = 0; r < count; ++r) FASTDA_RUN(distances_from_sums(to + r * stride, width, metric));
+      }
+    }
+  };
+  if (panels * some_queries >= queries.size()) {
+    at::parallel_for(0, panels, thread_grain(columns * queries.size() * depth), [&](int64_t begin, int64_t end) {
+      pack(begin, end);
+      multiply(queries, begin, end);
+    });
+  } else {
+    at::parallel_for(0, panels, thread_grain(columns * depth * 16), pack);
+    at::parallel_for(queries.begin, queries.end, thread_grain(classes * depth),
+                     [&](int64_t begin, int64_t end) { multiply({begin, end}, 0, panels); });
+  }
+}
 
 // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
 template <typename T>
 void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
-  constexpr int64_t classes_at_once = 20, queries_at_once = 32;
+  constexpr int64_t classes_at_once = 20, queries_at_once = 32, worth_packing = 16;
+  if (queries.size() >= 2 * worth_packing && p.count() >= worth_packing) {
+    return find_distances_by_product(q, queries, p, metric, out, stride);
+  }
   const auto run = [&](Range some, Range classes) {
     T* to = out + (some.begin - queries.begin) * stride + classes.begin;
     FASTDA_RUN(sum_features_of(metric == Metric::cosine, q.row(some.begin), q.stride(), some.size(),
@@ -162,30 +250,19 @@ struct Weights {
   int64_t row, step;
 };
 
-template <typename T>
-bool is_finite(const Points<T>& x, Range rows) {
-  bool finite = true;
-  for (int64_t i = rows.begin; i < rows.end && finite; ++i) FASTDA_RUN(all_finite(x.row(i), x.features(), &finite));
-  return finite;
-}
-
-constexpr int64_t rows_at_once = 120;  // of a sum over samples
+constexpr int64_t rows_at_once = 120;  // of a sum over samples, at most most_summed_rows
 
 // Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, where there are many rows x and many samples y.
 template <typename T>
 void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
                 bool add, T* out) {
-  constexpr int64_t of_centre = 16;  // so many samples make the centre: near is enough
   const bool product = metric == Metric::cosine;
   const int64_t count = samples.size(), depth = y.depth();
   int64_t panel = 0;
   FASTDA_RUN(panel_width<T>(&panel));
   const int64_t columns_at_once = 4 * panel, width = blocks(depth, panel) * panel;
-  std::vector<T> centre(width), totals(rows.size());
-  for (int64_t k = 0; !product && k < std::min(of_centre, count); ++k) {
-    for (int64_t d = 0; d < depth; ++d)
-      centre[d] += y.row(samples.begin + k)[d] / static_cast<T>(std::min(of_centre, count));
-  }
+  const std::vector<T> centre = product ? std::vector<T>(width) : centre_of(y, samples, width);
+  std::vector<T> totals(rows.size());
   const Scratch<T> packed(count * width);
   at::parallel_for(0, blocks(width, columns_at_once), grain(count * columns_at_once), [&](int64_t begin, int64_t end) {
     FASTDA_RUN(pack_samples(y.row(samples.begin), y.stride(), count, centre.data(), begin * columns_at_once,
@@ -216,9 +293,11 @@ template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
                      bool add, T* out) {
   constexpr int64_t worth_packing = 40;
-  if (std::min(rows.size(), samples.size()) >= worth_packing && is_finite(x, rows) && is_finite(y, samples)) {
+  if (std::min(rows.size(), samples.size()) >= worth_packing && x.is_finite() && y.is_finite()) {
     return sum_packed(x, rows, y, samples, w, metric, add, out);
   }
+  const std::vector<T> zeros(metric == Metric::cosine || !y.finite_row(samples) ? y.depth() : 0);
+  const T* centre = zeros.empty() ? y.finite_row(samples) : zeros.data();
   // Where rows outnumber samples, rows pass by and the samples stay; else the other way round.
   constexpr int64_t few_rows = 10;
   const bool by_row = rows.size() >= samples.size();
@@ -231,24 +310,47 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
       const int64_t row = i % row_blocks * most_rows, column = i / row_blocks * most_columns;
       FASTDA_RUN(sum_samples_of(
           metric == Metric::cosine, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row),
-          w.data + row * w.row, w.row, w.step, y.row(samples.begin), y.stride(), count, column,
+          w.data + row * w.row, w.row, w.step, centre, y.row(samples.begin), y.stride(), count, column,
           std::min(column + most_columns, x.depth()), x.features(), add, out + row * x.features(), x.features()));
     }
   });
 }
 
-// Gradients from a block of weights, weights[(q − queries.begin) · p.count() + c]; null for one that is not needed.
+// Between the rows of a block of distances to so many classes: an odd number of cache lines, so that the columns of a
+// block do not fall into the same sets of the first cache.
 template <typename T>
-void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, Metric metric,
-                            bool add_queries, T* grad_queries, bool add_prototypes, T* grad_prototypes) {
+int64_t row_stride(int64_t classes) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t lines = blocks(classes, line);
+  return (lines + 1 - lines % 2) * line;
+}
+
+// Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed.
+template <typename T>
+void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, int64_t stride,
+                            Metric metric, bool add_queries, T* grad_queries, bool add_prototypes,
+                            T* grad_prototypes) {
   const int64_t classes = p.count();
   if (grad_queries) {
-    sum_differences(q, queries, p, {0, classes}, {weights, classes, 1}, metric, add_queries,
+    sum_differences(q, queries, p, {0, classes}, {weights, stride, 1}, metric, add_queries,
                     grad_queries + queries.begin * q.features());
   }
   if (grad_prototypes) {
-    sum_differences(p, {0, classes}, q, queries, {weights, 1, classes}, metric, add_prototypes, grad_prototypes);
+    sum_differences(p, {0, classes}, q, queries, {weights, 1, stride}, metric, add_prototypes, grad_prototypes);
   }
+}
+
+constexpr int64_t few_classes = 256;  // up to which a lane holds one query, and their vectors stay in the first caches
+
+// Runs over queries, as many as there are lanes or some times more, on all threads, with scratch for two vectors a class.
+template <typename T, typename F>
+void for_lanes(int64_t queries, int64_t classes, const F& each) {
+  constexpr int64_t lanes = vector_bytes / sizeof(T), operations = 32;  // for each distance
+  at::parallel_for(0, blocks(queries, lanes), thread_grain(lanes * classes * operations),
+                   [&](int64_t begin, int64_t end) {
+                     const Scratch<T> scratch(2 * classes * lanes);
+                     each(Range{begin * lanes, std::min(end * lanes, queries)}, scratch.data());
+                   });
 }
 
 // log Σ exp(l − m). There is nothing to normalise where every class is empty or infinitely far.

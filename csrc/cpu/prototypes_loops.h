@@ -51,8 +51,13 @@ void distances_from_sums(T* row, int64_t classes, Metric metric) {
 // −d/T, −Inf for an empty class.
 template <typename T>
 void logits(const T* distances, const uint8_t* empty, int64_t classes, T temperature, T* out) {
+  if (temperature == 1) {  // a division costs as much as the rest
 #pragma omp simd
-  for (int64_t c = 0; c < classes; ++c) out[c] = -distances[c] / temperature;
+    for (int64_t c = 0; c < classes; ++c) out[c] = -distances[c];
+  } else {
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) out[c] = -distances[c] / temperature;
+  }
   for (int64_t c = 0; empty && c < classes; ++c) {
     if (empty[c]) out[c] = -std::numeric_limits<T>::infinity();
   }
@@ -103,8 +108,8 @@ T weight(T of_distance, T distance, Metric metric) {
   return distance == 0 ? T(0) : of_distance / distance;
 }
 
-// Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope. `nearest` may be taken off the distances there, where
-// the ∂L/∂l of a query add up to 0: less is left to cancel.
+// Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope, where it is not null. `nearest` may be taken off the
+// distances there, where the ∂L/∂l of a query add up to 0: less is left to cancel.
 template <typename T>
 void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T nearest,
                          T* of_logit, T* slope) {
@@ -112,12 +117,125 @@ void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric m
     if (empty[c]) of_logit[c] = 0;
   }
   double total = 0;
+  if (slope) {
 #pragma omp simd reduction(+ : total)
-  for (int64_t c = 0; c < classes; ++c) {
-    total += static_cast<double>(of_logit[c]) * static_cast<double>(row[c] - nearest);
-    row[c] = weight(-of_logit[c] / temperature, row[c], metric);
+    for (int64_t c = 0; c < classes; ++c)
+      total += static_cast<double>(of_logit[c]) * static_cast<double>(row[c] - nearest);
+    *slope += static_cast<T>(total / (static_cast<double>(temperature) * static_cast<double>(temperature)));
   }
-  *slope += static_cast<T>(total / (static_cast<double>(temperature) * static_cast<double>(temperature)));
+  const T scale = -1 / temperature;
+#pragma omp simd
+  for (int64_t c = 0; c < classes; ++c) row[c] = weight(of_logit[c] * scale, row[c], metric);
+}
+
+// Few classes: a lane holds one query, and a vector the same class of several.
+template <typename T>
+struct Lanes {
+  static constexpr int64_t count = Grid<T>::lanes;
+  static constexpr T infinity = std::numeric_limits<T>::infinity();
+
+  // The distances of up to `count` queries turned over, exp(l − largest) of their logits, and its sum.
+  static void exponentials(const T* rows, int64_t queries, const uint8_t* empty, int64_t classes, T temperature,
+                           T* distances, T* l, T* largest, T* sum) {
+    T shift[count];
+    for (int64_t i = 0; i < count; ++i) largest[i] = -infinity, sum[i] = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      T *d = distances + c * count, *of_class = l + c * count;
+      for (int64_t i = 0; i < count; ++i) d[i] = rows[least(i, queries - 1) * classes + c];
+      logits<T>(d, nullptr, count, temperature, of_class);
+      for (int64_t i = 0; empty && empty[c] && i < count; ++i) of_class[i] = -infinity;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) largest[i] = of_class[i] > largest[i] ? of_class[i] : largest[i];
+    }
+    for (int64_t i = 0; i < count; ++i) shift[i] = largest[i] == -infinity ? T(0) : largest[i];
+    for (int64_t c = 0; c < classes; ++c) {
+      T* of_class = l + c * count;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) of_class[i] = exponential(of_class[i] - shift[i]);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) sum[i] += of_class[i];
+    }
+  }
+
+  // log Σ exp(l − largest), NaN where there is nothing to normalise.
+  static T log_of_sum(T largest, T sum) {
+    return std::abs(largest) == infinity ? std::numeric_limits<T>::quiet_NaN() : std::log(sum);
+  }
+};
+
+// Distances of some queries to few classes become log-probabilities or probabilities, in place. Scratch holds
+// 2 · classes vectors.
+template <typename T>
+void softmax_of_queries(T* rows, const uint8_t* empty, int64_t queries, int64_t classes, T temperature, bool log,
+                        T* scratch, T* most, T* log_sums) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  T* distances = scratch + classes * lanes;
+  for (int64_t first = 0; first < queries; first += lanes, rows += lanes * classes) {
+    const int64_t count = least(lanes, queries - first);
+    T largest[lanes], sum[lanes], log_sum[lanes] = {}, share[lanes];
+    Lanes<T>::exponentials(rows, count, empty, classes, temperature, distances, scratch, largest, sum);
+    for (int64_t i = 0; i < count; ++i) {
+      most[first + i] = largest[i];
+      log_sums[first + i] = log_sum[i] = Lanes<T>::log_of_sum(largest[i], sum[i]);
+    }
+    for (int64_t i = 0; i < lanes; ++i) share[i] = log_sum[i] == log_sum[i] ? 1 / sum[i] : log_sum[i];
+    for (int64_t c = 0; c < classes; ++c) {
+      T *p = scratch + c * lanes, *d = distances + c * lanes;
+      if (log) {
+        logits<T>(d, nullptr, lanes, temperature, p);
+        for (int64_t i = 0; empty && empty[c] && i < lanes; ++i) p[i] = -Lanes<T>::infinity;
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) p[i] = (p[i] - largest[i]) - log_sum[i];
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) p[i] *= share[i];
+      }
+      for (int64_t i = 0; i < count; ++i) rows[i * classes + c] = p[i];
+    }
+  }
+}
+
+// The losses of some queries from their distances to few classes, and the weights that follow, in place. Scratch holds
+// 2 · classes vectors.
+template <typename T>
+void losses_of_queries(T* rows, const uint8_t* empty, int64_t queries, int64_t classes, Metric metric, T temperature,
+                       const int64_t* labels, T* scratch, T* losses, T* slopes) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  const double squared = static_cast<double>(temperature) * static_cast<double>(temperature);
+  const T scale = -1 / temperature;
+  T* distances = scratch + classes * lanes;
+  for (int64_t first = 0; first < queries; first += lanes, rows += lanes * classes) {
+    const int64_t count = least(lanes, queries - first);
+    T largest[lanes], sum[lanes], share[lanes], nearest[lanes];
+    double slope[lanes] = {};
+    Lanes<T>::exponentials(rows, count, empty, classes, temperature, distances, scratch, largest, sum);
+    for (int64_t i = 0; i < lanes; ++i) {
+      const T log_sum = Lanes<T>::log_of_sum(largest[i], sum[i]);
+      share[i] = log_sum == log_sum ? 1 / sum[i] : log_sum;
+      nearest[i] = empty ? T(0) : -largest[i] * temperature;
+      if (i >= count) continue;
+      const int64_t label = labels[first + i];
+      const T of_label = empty && empty[label] ? -Lanes<T>::infinity : -distances[label * lanes + i] / temperature;
+      losses[first + i] = -((of_label - largest[i]) - log_sum);
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      T* p = scratch + c * lanes;
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) p[i] *= share[i];
+    }
+    for (int64_t i = 0; i < count; ++i) scratch[labels[first + i] * lanes + i] -= 1;
+    for (int64_t c = 0; c < classes; ++c) {
+      T *w = scratch + c * lanes, *d = distances + c * lanes;
+      for (int64_t i = 0; empty && empty[c] && i < lanes; ++i) w[i] = 0;
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        slope[i] += static_cast<double>(w[i]) * static_cast<double>(d[i] - nearest[i]);
+        w[i] = weight(w[i] * scale, d[i], metric);
+      }
+      for (int64_t i = 0; i < count; ++i) rows[i * classes + c] = w[i];
+    }
+    for (int64_t i = 0; i < count; ++i) slopes[first + i] = static_cast<T>(slope[i] / squared);
+  }
 }
 
 // Distances become weights, by ∂L/∂d.
