@@ -159,6 +159,31 @@ FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_s
   }
 }
 
+// Σ_k w_k of some rows, whose weights are neighbours where those of a sample are not.
+template <typename T>
+void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, int64_t samples, T* totals) {
+  constexpr int64_t block = 16;
+  if (w_step == 1) {
+    for (int64_t i = 0; i < rows; ++i, w += w_row) {
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = 0; k < samples; ++k) sum += static_cast<double>(w[k]);
+      totals[i] = static_cast<T>(sum);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; i += block) {
+    double sum[block] = {};
+    const int64_t some = least(block, rows - i);
+    for (int64_t k = 0; k < samples; ++k) {
+      const T* weights = w + i + k * w_step;
+#pragma omp simd
+      for (int64_t r = 0; r < some; ++r) sum[r] += static_cast<double>(weights[r]);
+    }
+    for (int64_t r = 0; r < some; ++r) totals[i + r] = static_cast<T>(sum[r]);
+  }
+}
+
 constexpr int64_t most_summed_rows = 128;
 
 // out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for up to most_summed_rows rows x and the columns begin to end, or added to it.
@@ -175,11 +200,7 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
   T totals[most_summed_rows + rows] = {};
   for (int64_t k = 0; k < samples || k == 0; k += chunk) {
     const int64_t some = least(chunk, samples - k);
-    for (int64_t i = 0; !product && i < count; ++i) {
-      double total = 0;
-      for (int64_t j = k; j < k + some; ++j) total += static_cast<double>(w[i * w_row + j * w_step]);
-      totals[i] = static_cast<T>(total);
-    }
+    if (!product) totals_of_weights(w + k * w_step, w_row, w_step, count, some, totals);
     for (int64_t d = begin; d < end; d += vectors * G::lanes) {
       for (int64_t i = 0; i < count; i += rows) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -452,31 +473,6 @@ void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, co
         }
       }
     }
-  }
-}
-
-// Σ_k w_k of some rows, whose weights are neighbours where those of a sample are not.
-template <typename T>
-void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, int64_t samples, T* totals) {
-  constexpr int64_t block = 16;
-  if (w_step == 1) {
-    for (int64_t i = 0; i < rows; ++i, w += w_row) {
-      double sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t k = 0; k < samples; ++k) sum += static_cast<double>(w[k]);
-      totals[i] = static_cast<T>(sum);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < rows; i += block) {
-    double sum[block] = {};
-    const int64_t some = least(block, rows - i);
-    for (int64_t k = 0; k < samples; ++k) {
-      const T* weights = w + i + k * w_step;
-#pragma omp simd
-      for (int64_t r = 0; r < some; ++r) sum[r] += static_cast<double>(weights[r]);
-    }
-    for (int64_t r = 0; r < some; ++r) totals[i + r] = static_cast<T>(sum[r]);
   }
 }
 

@@ -225,10 +225,9 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       const int64_t stride = row_stride<T>(n.classes);
       const Scratch<T> scaled(n.queries * stride), of_prototypes(need_support ? n.classes * n.features : 0);
-      for (int64_t i = 0; i < n.queries; ++i) {
-        FASTDA_RUN(scale(w.const_data_ptr<T>() + b * distances + i * n.classes, grad_of(i), n.classes,
-                         scaled.data() + i * stride));
-      }
+      FASTDA_RUN(scale_rows(w.const_data_ptr<T>() + b * distances, n.queries, n.classes,
+                            incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
+                            scaled.data(), stride));
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
       gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, false, grad_queries, false,
                              need_support ? of_prototypes.data() : nullptr);
