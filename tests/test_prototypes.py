@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -373,6 +374,51 @@ def test_nearest_of_many_classes(metric):
     assert found[0][1][3, 0] == 11 and found[0][1][529, 0] == 520
     assert torch.equal(found[0][1], found[1][1])
     assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("classes", [16, 33, 70])
+@pytest.mark.parametrize("apart", [0.0, 1e2, 1e5])
+def test_distances_within_clusters_far_apart(metric, classes, apart):
+    """Products less a point near them all serve so many; no point is near these, and what cancels is taken exactly."""
+    draw = Draw(Sizes(features=130))
+    queries, prototypes = draw.samples(41), draw.samples(classes)
+    queries[::2] += apart
+    prototypes[1::2] += apart
+    prototypes[3] = queries[4]
+    got = fastda.pairwise_distance(queries, prototypes, metric=metric)
+    exact = fastda.reference.pairwise_distance(queries.double(), prototypes.double(), metric=metric)
+    assert_close(got.double(), exact, rtol=2e-6, atol=0.0)
+    assert got[4, 3] == 0
+
+
+@each_metric
+def test_distances_of_many_where_some_are_not_finite_or_overflow(metric):
+    draw = Draw(Sizes(features=20))
+    queries, prototypes = draw.samples(40), draw.samples(40)
+    queries[0, 3], queries[7, 0], queries[9], queries[11] = math.nan, math.inf, -math.inf, 1e25 * queries[11]
+    prototypes[2, 5], prototypes[5, 1], prototypes[8], prototypes[9] = math.nan, math.inf, math.nan, 1e19 * prototypes[9]
+    if metric == "cosine":  # the direction of an infinite vector has NaN of its own
+        queries[[7, 9]], prototypes[5] = 1.0, 1.0
+    got, expected = (
+        module.pairwise_distance(queries, prototypes, metric=metric) for module in (fastda, fastda.reference)
+    )
+    assert_close(got, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+@each_metric
+@pytest.mark.parametrize("queries, classes", [(75, 5), (5, 75), (23, 23)])
+def test_gradients_of_episodes_where_some_features_are_not_finite(metric, queries, classes):
+    """The sample that serves as centre of the others' sum is a finite one; what reaches whom is as in the reference."""
+    draw = Draw(Sizes(features=20))
+    queries, prototypes = draw.samples(queries), draw.samples(classes)
+    prototypes[0, 3] = math.nan
+    queries[0, 4] = math.nan
+    found = []
+    for module in (fastda, fastda.reference):
+        distances = functools.partial(module.pairwise_distance, metric=metric)
+        found.append(values_and_gradients(distances, queries, prototypes))
+    assert_close(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_an_episode_of_many_classes():
