@@ -396,8 +396,10 @@ def test_distances_within_clusters_far_apart(metric, classes, apart):
 def test_distances_of_many_where_some_are_not_finite_or_overflow(metric):
     draw = Draw(Sizes(features=20))
     queries, prototypes = draw.samples(40), draw.samples(40)
-    queries[0, 3], queries[7, 0], queries[9], queries[11] = math.nan, math.inf, -math.inf, 1e25 * queries[11]
-    prototypes[2, 5], prototypes[5, 1], prototypes[8], prototypes[9] = math.nan, math.inf, math.nan, 1e19 * prototypes[9]
+    queries[0, 3], queries[7, 0], queries[9] = math.nan, math.inf, -math.inf
+    queries[11] *= 1e25
+    prototypes[2, 5], prototypes[5, 1], prototypes[8] = math.nan, math.inf, math.nan
+    prototypes[9] *= 1e19
     if metric == "cosine":  # the direction of an infinite vector has NaN of its own
         queries[[7, 9]], prototypes[5] = 1.0, 1.0
     got, expected = (
@@ -410,7 +412,7 @@ def test_distances_of_many_where_some_are_not_finite_or_overflow(metric):
 @pytest.mark.parametrize("queries, classes", [(75, 5), (5, 75), (23, 23)])
 def test_gradients_of_episodes_where_some_features_are_not_finite(metric, queries, classes):
     """The sample that serves as centre of the others' sum is a finite one; what reaches whom is as in the reference."""
-    draw = Draw(Sizes(features=20))
+    draw = Draw(Sizes(features=120))
     queries, prototypes = draw.samples(queries), draw.samples(classes)
     prototypes[0, 3] = math.nan
     queries[0, 4] = math.nan
@@ -418,7 +420,7 @@ def test_gradients_of_episodes_where_some_features_are_not_finite(metric, querie
     for module in (fastda, fastda.reference):
         distances = functools.partial(module.pairwise_distance, metric=metric)
         found.append(values_and_gradients(distances, queries, prototypes))
-    assert_close(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert_close(*found, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def test_an_episode_of_many_classes():

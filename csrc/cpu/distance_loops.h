@@ -127,35 +127,45 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
   }
 }
 
-// Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k for `rows` rows x, each with weights of its own. The difference is
-// taken in two steps, (x − c) Σ_k w_k + Σ_k w_k (c − y_k): the second serves all rows.
-template <typename T, bool product, int rows, int vectors>
+// Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k (Sum::products) for `rows` rows x, each with weights of its own. Of
+// large sums the differences are shared: (x − c) Σ_k w_k + Σ_k w_k (c − y_k), the second of which serves all rows.
+template <typename T, Sum form, int rows, int vectors>
 FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* totals, const T* c,
                                const T* y, int64_t y_stride, int64_t samples,
                                typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
-  typename G::Vector centre[vectors];
+  typename G::Vector centre[vectors], at[rows][vectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) centre[v] = product ? typename G::Vector{} : G::load(c + v * G::lanes);
+  for (int v = 0; v < vectors; ++v) {
+    centre[v] = form == Sum::shared_differences ? G::load(c + v * G::lanes) : typename G::Vector{};
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      sum[r][v] = product ? typename G::Vector{} : (G::load(x[r] + v * G::lanes) - centre[v]) * totals[r];
+      at[r][v] = form == Sum::differences ? G::load(x[r] + v * G::lanes) : typename G::Vector{};
+      sum[r][v] = typename G::Vector{};
     }
   }
   for (int64_t k = 0; k < samples; ++k, y += y_stride) {
     typename G::Vector right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      right[v] = product ? G::load(y + v * G::lanes) : centre[v] - G::load(y + v * G::lanes);
+      right[v] = G::load(y + v * G::lanes);
+      if (form == Sum::shared_differences) right[v] = centre[v] - right[v];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const T weight = w[r][k * w_step];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * right[v];
+      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * (form == Sum::differences ? at[r][v] - right[v] : right[v]);
     }
+  }
+  if (form != Sum::shared_differences) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(x[r] + v * G::lanes) - centre[v]) * totals[r];
   }
 }
 
@@ -189,18 +199,18 @@ constexpr int64_t most_summed_rows = 128;
 // out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for up to most_summed_rows rows x and the columns begin to end, or added to it.
 // w of row r and sample k: w[r · w_row + k · w_step]. c is near the samples. Columns from `width` on are filling, and
 // not written.
-template <typename T, bool product, int rows, int vectors>
+template <typename T, Sum form, int rows, int vectors>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
                     const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add,
                     T* out, int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
+  constexpr int64_t chunk = form == Sum::shared_differences ? 32 : 256;  // of samples: short sums are exact ones
   typename G::Vector sum[rows][vectors];
   const T *x_rows[rows], *w_rows[rows];
   T totals[most_summed_rows + rows] = {};
   for (int64_t k = 0; k < samples || k == 0; k += chunk) {
     const int64_t some = least(chunk, samples - k);
-    if (!product) totals_of_weights(w + k * w_step, w_row, w_step, count, some, totals);
+    if (form == Sum::shared_differences) totals_of_weights(w + k * w_step, w_row, w_step, count, some, totals);
     for (int64_t d = begin; d < end; d += vectors * G::lanes) {
       for (int64_t i = 0; i < count; i += rows) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -208,7 +218,7 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
           x_rows[r] = x + row * x_stride + d;
           w_rows[r] = w + row * w_row + k * w_step;
         }
-        sum_samples<T, product, rows, vectors>(x_rows, w_rows, w_step, totals + i, c + d, y + k * y_stride + d,
+        sum_samples<T, form, rows, vectors>(x_rows, w_rows, w_step, totals + i, c + d, y + k * y_stride + d,
                                                y_stride, some, sum);
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
           T* to = out + (i + r) * out_stride + d;
@@ -222,7 +232,7 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
 }
 
 // Many rows, or few with more of their columns: as much as the registers hold.
-template <typename T, bool product>
+template <typename T, Sum form>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
                     const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add,
                     T* out, int64_t out_stride) {
@@ -235,27 +245,29 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
   };
   if (whole > 0) {
     const int64_t middle = split(of_many);
-    sum_samples_of<T, product, many, of_many>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, begin,
-                                              middle, width, add, out, out_stride);
-    sum_samples_of<T, product, many, 1>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, middle, end,
-                                        width, add, out, out_stride);
+    sum_samples_of<T, form, many, of_many>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
+                                           width, add, out, out_stride);
+    sum_samples_of<T, form, many, 1>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, middle, end, width,
+                                     add, out, out_stride);
   }
   if (whole == count) return;
   x += whole * x_stride;
   w += whole * w_row;
   out += whole * out_stride;
   const int64_t middle = split(of_few);
-  sum_samples_of<T, product, few, of_few>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
-                                          width, add, out, out_stride);
-  sum_samples_of<T, product, few, 1>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, middle, end, width,
-                                     add, out, out_stride);
+  sum_samples_of<T, form, few, of_few>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
+                                       width, add, out, out_stride);
+  sum_samples_of<T, form, few, 1>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, middle, end, width, add,
+                                  out, out_stride);
 }
 
 template <typename T>
-void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row,
-                    int64_t w_step, const T* c, const T* y, int64_t y_stride, int64_t samples, int64_t begin,
-                    int64_t end, int64_t width, bool add, T* out, int64_t out_stride) {
-  const auto run = product ? &sum_samples_of<T, true> : &sum_samples_of<T, false>;
+void sum_samples_of(Sum form, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
+                    const T* c, const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end,
+                    int64_t width, bool add, T* out, int64_t out_stride) {
+  const auto run = form == Sum::products             ? &sum_samples_of<T, Sum::products>
+                   : form == Sum::shared_differences ? &sum_samples_of<T, Sum::shared_differences>
+                                                     : &sum_samples_of<T, Sum::differences, 5, 1>;
   run(x, x_stride, count, w, w_row, w_step, c, y, y_stride, samples, begin, end, width, add, out, out_stride);
 }
 
@@ -394,12 +406,20 @@ void products_with_panel(const T* q, int64_t queries, const T* packed, int64_t d
   }
 }
 
+template <typename T>
+T squared_distance(const T* q, const T* p, int64_t depth) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < depth; ++d) sum += (q[d] - p[d]) * (q[d] - p[d]);
+  return sum;
+}
+
 // Products become squared distances ‖q‖² − 2q·p + ‖p‖², taken from differences where these cancel, overflow or are NaN.
 template <typename T>
 void distances_from_products(const T* q, int64_t q_stride, const T* q_norms, int64_t queries, const T* p,
                              int64_t p_stride, const T* p_norms, int64_t classes, int64_t depth, T* out,
                              int64_t out_stride) {
-  constexpr T cancels = static_cast<T>(0.25), infinity = std::numeric_limits<T>::infinity();
+  constexpr T cancels = static_cast<T>(0.5), infinity = std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < queries; ++i, out += out_stride) {
     const T norm = q_norms[i];
     int good = 1;
@@ -412,7 +432,7 @@ void distances_from_products(const T* q, int64_t q_stride, const T* q_norms, int
     for (int64_t c = 0; !good && c < classes; ++c) {
       const T squares = norm + p_norms[c];
       if (out[c] >= cancels * squares && squares < infinity) continue;
-      sum_features_of<T, false>(q + i * q_stride, q_stride, 1, p + c * p_stride, p_stride, 1, depth, out + c, 1);
+      out[c] = squared_distance(q + i * q_stride, p + c * p_stride, depth);
     }
   }
 }

@@ -8,6 +8,9 @@ namespace fastda {
 
 enum class Metric { sqeuclidean, euclidean, cosine };
 
+// What a gradient adds up: w (x − y), each difference on its own or in two parts, or w y.
+enum class Sum { differences, shared_differences, products };
+
 inline Metric metric_of(c10::string_view name) {
   if (name == "sqeuclidean") return Metric::sqeuclidean;
   if (name == "euclidean") return Metric::euclidean;

@@ -218,7 +218,7 @@ void find_distances_by_product(const Points<T>& q, Range queries, const Points<T
 template <typename T>
 void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
   constexpr int64_t classes_at_once = 20, queries_at_once = 32, worth_packing = 16;
-  if (queries.size() >= 2 * worth_packing && p.count() >= worth_packing) {
+  if (queries.size() >= 2 * worth_packing && p.count() >= worth_packing && q.features() >= 3 * worth_packing) {
     return find_distances_by_product(q, queries, p, metric, out, stride);
   }
   const auto run = [&](Range some, Range classes) {
@@ -296,8 +296,10 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
   if (std::min(rows.size(), samples.size()) >= worth_packing && x.is_finite() && y.is_finite()) {
     return sum_packed(x, rows, y, samples, w, metric, add, out);
   }
-  const std::vector<T> zeros(metric == Metric::cosine || !y.finite_row(samples) ? y.depth() : 0);
-  const T* centre = zeros.empty() ? y.finite_row(samples) : zeros.data();
+  constexpr int64_t worth_sharing = 1 << 14;  // multiplications; of a few, each difference is the more exact way
+  const bool large = rows.size() * samples.size() * x.features() >= worth_sharing;
+  const T* centre = metric != Metric::cosine && large ? y.finite_row(samples) : nullptr;
+  const Sum form = metric == Metric::cosine ? Sum::products : centre ? Sum::shared_differences : Sum::differences;
   // Where rows outnumber samples, rows pass by and the samples stay; else the other way round.
   constexpr int64_t few_rows = 10;
   const bool by_row = rows.size() >= samples.size();
@@ -309,9 +311,9 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % row_blocks * most_rows, column = i / row_blocks * most_columns;
       FASTDA_RUN(sum_samples_of(
-          metric == Metric::cosine, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row),
-          w.data + row * w.row, w.row, w.step, centre, y.row(samples.begin), y.stride(), count, column,
-          std::min(column + most_columns, x.depth()), x.features(), add, out + row * x.features(), x.features()));
+          form, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row), w.data + row * w.row, w.row,
+          w.step, centre, y.row(samples.begin), y.stride(), count, column, std::min(column + most_columns, x.depth()),
+          x.features(), add, out + row * x.features(), x.features()));
     }
   });
 }
