@@ -218,7 +218,7 @@ void find_distances_by_product(const Points<T>& q, Range queries, const Points<T
 template <typename T>
 void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
   constexpr int64_t classes_at_once = 20, queries_at_once = 32, worth_packing = 16;
-  if (queries.size() >= 2 * worth_packing && p.count() >= worth_packing && q.features() >= 3 * worth_packing) {
+  if (queries.size() >= 2 * worth_packing && p.count() >= worth_packing && q.features() >= 2 * worth_packing) {
     return find_distances_by_product(q, queries, p, metric, out, stride);
   }
   const auto run = [&](Range some, Range classes) {
@@ -293,7 +293,8 @@ template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
                      bool add, T* out) {
   constexpr int64_t worth_packing = 40;
-  if (std::min(rows.size(), samples.size()) >= worth_packing && x.is_finite() && y.is_finite()) {
+  const int64_t least = std::min({rows.size(), samples.size(), x.features()});
+  if (least >= worth_packing && x.is_finite() && y.is_finite()) {
     return sum_packed(x, rows, y, samples, w, metric, add, out);
   }
   constexpr int64_t worth_sharing = 1 << 14;  // multiplications; of a few, each difference is the more exact way
