@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
 from torch.testing import assert_close
 
@@ -408,12 +408,15 @@ class ProtoMAML(MAML):
 
     ops = fastda
 
-    def adapt_parameters(self, parameters, rates, support, labels, steps, first_order):
+    def start(self, parameters, support, labels):
         body, head = self.network
         own = {name.removeprefix("0."): x for name, x in parameters.items() if name.startswith("0.")}
-        prototypes = self.ops.class_means(functional_call(body, own, (support,)), labels, head.out_features)
-        start = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
-        return super().adapt_parameters({**parameters, **start}, rates, support, labels, steps, first_order)
+        features = vmap(lambda inputs: functional_call(body, own, (inputs,)))(support)
+        prototypes = self.ops.class_means(features, labels, head.out_features)
+        return super().start(parameters, support, labels) | {
+            "1.weight": 2 * prototypes,
+            "1.bias": -prototypes.square().sum(-1),
+        }
 
 
 def few_shot_tasks():

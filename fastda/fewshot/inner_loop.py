@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 from torch.nn.modules.batchnorm import _NormBase
@@ -27,8 +27,9 @@ class InnerLoop(nn.Module):
     .. math:: \theta' = \theta - \alpha \nabla_\theta L(\text{support}; \theta), \text{inner\_steps times}
 
     A task is (support, support_labels, queries, query_labels), each with the tasks as its first dimension; an
-    :class:`Episode` with a batch dimension unpacks into them. All tasks are computed at once by `torch.func.vmap`, so
-    the network must be one that `vmap` can handle; gradients of any order go through.
+    :class:`Episode` with a batch dimension unpacks into them. All tasks are computed at once: the forward passes under
+    `torch.func.vmap`, so the network must be one that `vmap` can handle, and their gradients by plain autograd, which
+    sees the batched operations alone. Gradients of any order go through.
 
     The arguments are those of :class:`MAML`.
     """
@@ -105,7 +106,7 @@ class InnerLoop(nn.Module):
         names = ("inner_lr", "inner_steps", "max_grad_norm", "norm_statistics", "chunk_size", "compile")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    # One task, in plain functions of the parameters
+    # The network as a function of its parameters
 
     def meta_parameters(self) -> Parameters:
         """The parameters that ask for a gradient, by name."""
@@ -115,16 +116,12 @@ class InnerLoop(nn.Module):
         """The inner learning rate: one for all parameters, or one tensor for each that the inner loop adapts."""
         return self.inner_lr
 
-    def inner_samples(self, step: int, support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What a step of the inner loop sees of a task."""
-        return support, labels
-
     def call(self, parameters: Parameters, inputs: Tensor) -> Tensor:
-        """The network's outputs with these parameters."""
+        """The network's outputs with these parameters, for one task."""
         return functional_call(self.network, parameters, (inputs,), tie_weights=self._shares_weights)
 
     def task_loss(self, parameters: Parameters, inputs: Tensor, labels: Tensor) -> Tensor:
-        """The loss of the network with these parameters."""
+        """The loss of the network with these parameters, for one task."""
         function = squared_error if self.loss_function is mse_loss else self.loss_function
         loss = function(self.call(parameters, inputs), labels)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -132,6 +129,30 @@ class InnerLoop(nn.Module):
                 f"loss_function: expected a scalar for a task, got {describe(loss)}; average it, with reduction='mean'"
             )
         return loss
+
+    # The inner loop of several tasks. Shared parameters are those of all tasks; own ones have a dimension of tasks.
+
+    def over_tasks(self, function: Callable[..., Tensor], shared: Parameters, own: Parameters, *tensors: Tensor):
+        """`function(parameters, *tensors)` of each task."""
+
+        def one(values: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+            return function({**shared, **dict(zip(own, values))}, *tensors)
+
+        return vmap(one, randomness="different")(tuple(own.values()), *tensors)
+
+    def start(self, parameters: Parameters, support: Tensor, labels: Tensor) -> Parameters:
+        """Where the adapted parameters of each task start, own ones: here the same for all tasks."""
+        own = {name: x.expand(len(support), *x.shape) for name, x in parameters.items() if name in self._adapted}
+        if not own:
+            raise ValueError(
+                f"network: expected a gradient to be required by parameters that the inner loop adapts, got none "
+                f"among {', '.join(self._adapted)}; thaw them with requires_grad_(True)"
+            )
+        return own
+
+    def inner_samples(self, step: int, support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What a step of the inner loop sees of the tasks."""
+        return support, labels
 
     def adapt_parameters(
         self,
@@ -141,40 +162,39 @@ class InnerLoop(nn.Module):
         labels: Tensor,
         steps: int,
         first_order: bool,
-    ) -> tuple[Parameters, list[Tensor]]:
-        """All parameters, the adapted ones after `steps` steps, and the loss before each step; differentiable."""
-        fixed = {name: x for name, x in parameters.items() if name not in self._adapted}
-        fast = {name: x for name, x in parameters.items() if name in self._adapted}
-        if not fast:
-            raise ValueError(
-                f"network: expected a gradient to be required by parameters that the inner loop adapts, got none "
-                f"among {', '.join(self._adapted)}; thaw them with requires_grad_(True)"
-            )
+    ) -> tuple[Parameters, Parameters, list[Tensor]]:
+        """The shared parameters, each task's own after `steps` steps, and its loss before each step; differentiable."""
+        own = self.start(parameters, support, labels)
+        shared = {name: x for name, x in parameters.items() if name not in own}
         losses = []
         for step in range(steps):
-            gradients, value = self._gradients(fast, fixed, self.inner_samples(step, support, labels), first_order)
-            losses.append(value)
+            gradients, values = self._gradients(shared, own, self.inner_samples(step, support, labels), first_order)
+            losses.append(values)
             if self.max_grad_norm is not None:
                 gradients = clip(gradients, self.max_grad_norm)
             if isinstance(rates, dict):
-                fast = {name: x - rates[name] * gradients[name] for name, x in fast.items()}
+                own = {name: x - rates[name] * gradients[name] for name, x in own.items()}
             else:
-                fast = {name: x.add(gradients[name], alpha=-rates) for name, x in fast.items()}
-        return {**fixed, **fast}, losses
+                own = {name: x.add(gradients[name], alpha=-rates) for name, x in own.items()}
+        return shared, own, losses
 
     def _gradients(
-        self, fast: Parameters, fixed: Parameters, samples: tuple[Tensor, Tensor], first_order: bool
+        self, shared: Parameters, own: Parameters, samples: tuple[Tensor, Tensor], first_order: bool
     ) -> tuple[Parameters, Tensor]:
-        """The gradients of the loss for the adapted parameters, and the loss."""
+        """The gradients of each task's loss for its own parameters, and the losses."""
         if first_order:
-            fast, fixed = ({name: x.detach() for name, x in part.items()} for part in (fast, fixed))
-
-        def loss(*values: Tensor) -> Tensor:
-            return self.task_loss({**fixed, **dict(zip(fast, values))}, *samples)
-
-        # As a tuple, which torch.func takes apart faster than a dictionary.
-        gradients, value = grad_and_value(loss, argnums=tuple(range(len(fast))))(*fast.values())
-        return dict(zip(fast, gradients)), value
+            shared = {name: x.detach() for name, x in shared.items()}
+            own = {name: x.detach().requires_grad_() for name, x in own.items()}
+        with torch.enable_grad():
+            losses = self.over_tasks(self.task_loss, shared, own, *samples)
+            gradients = torch.autograd.grad(
+                losses,
+                list(own.values()),
+                torch.ones_like(losses),
+                create_graph=not first_order,
+                materialize_grads=True,
+            )
+        return dict(zip(own, gradients)), losses.detach() if first_order else losses
 
     # All tasks
 
@@ -239,7 +259,7 @@ class InnerLoop(nn.Module):
             return function
         name = function.__name__
         if name not in self._compiled:
-            self._compiled[name] = torch.compile(function, fullgraph=True)
+            self._compiled[name] = compiled_with_gradients(function)
         return self._compiled[name]
 
     # For use
@@ -258,15 +278,12 @@ class InnerLoop(nn.Module):
         if len(support) == 0:
             raise ValueError("support: expected at least one task, got none; skip batches without tasks")
         steps = self._steps(steps)
-        parameters, rates = self.meta_parameters(), self.rates()
-
-        def one(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-            adapted, _ = self.adapt_parameters(parameters, rates, support, labels, steps, first_order=True)
-            return self.call(adapted, queries)
-
+        parameters, rates, outputs = self.meta_parameters(), self.rates(), []
         with torch.no_grad(), self.batched():
-            over_tasks = vmap(one, randomness="different")
-            return torch.cat([over_tasks(*some) for some in self.chunks(support, support_labels, queries)])
+            for *labelled, asked in self.chunks(support, support_labels, queries):
+                shared, own, _ = self.adapt_parameters(parameters, rates, *labelled, steps, first_order=True)
+                outputs.append(self.over_tasks(self.call, shared, own, asked))
+        return torch.cat(outputs)
 
     def adapt(self, support: Tensor, support_labels: Tensor, steps: int | None = None) -> nn.Module:
         """A copy of the network, adapted to one task: a plain module in evaluation mode, to use, save or train on.
@@ -288,14 +305,13 @@ class InnerLoop(nn.Module):
         check_labels("support", support, "support_labels", support_labels, dim=0)
         steps = self._steps(steps)
         with torch.no_grad(), self.batched():
-            adapted, _ = self.adapt_parameters(
-                self.meta_parameters(), self.rates(), support, support_labels, steps, first_order=True
-            )
+            labelled = support.unsqueeze(0), support_labels.unsqueeze(0)
+            _, own, _ = self.adapt_parameters(self.meta_parameters(), self.rates(), *labelled, steps, first_order=True)
         network = copy.deepcopy(self.network).eval()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if name in adapted:
-                    parameter.copy_(adapted[name])
+                if name in own:
+                    parameter.copy_(own[name][0])
                 parameter.grad = None
         if self.norm_statistics == "batch":
             for layer in network.modules():
@@ -340,11 +356,24 @@ def below(argument: str, paths: Sequence[str], names: list[str]) -> list[str]:
 
 
 def clip(gradients: Parameters, max_norm: float) -> Parameters:
-    """Scaled so that the norm of all together is at most `max_norm`; differentiable, at 0 too."""
-    squared = sum(x.square().sum() for x in gradients.values())
+    """Scaled so that in each task the norm of all together is at most `max_norm`; differentiable, at 0 too."""
+    squared = sum(x.square().flatten(1).sum(1) for x in gradients.values())
     too_large = squared > max_norm**2
     scale = torch.where(too_large, max_norm * torch.where(too_large, squared, 1.0).rsqrt(), 1.0)
-    return {name: scale * x for name, x in gradients.items()}
+    return {name: scale.view(-1, *[1] * (x.dim() - 1)) * x for name, x in gradients.items()}
+
+
+def compiled_with_gradients(function: Callable) -> Callable:
+    """`function` compiled as one graph, the gradients that it takes in it included."""
+    import torch._dynamo  # not before it is asked for: it takes a second
+
+    compiled = torch.compile(function, fullgraph=True)
+
+    def run(*arguments):
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*arguments)
+
+    return run
 
 
 def check_tasks(**tensors: Tensor) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad_and_value, vmap
 
 from ..reference.checks import option
 from .inner_loop import InnerLoop, Parameters, check_constant, check_tasks
@@ -21,9 +20,10 @@ class MAML(InnerLoop):
               L_\text{meta}(\theta) = \frac1T \sum_i L(\text{queries}_i; \theta'_i)
 
     Calling it returns the meta-loss, whose `backward()` gives the meta-gradient to the network's parameters; any
-    `torch.optim` optimiser steps them. All tasks are computed at once. The gradient is taken inside the map over tasks,
-    where it is right for every normalisation layer; reverse mode over `vmap` is not, in PyTorch 2.13 (BatchNorm,
-    LayerNorm and affine InstanceNorm are off by up to 6 %, silently).
+    `torch.optim` optimiser steps them. All tasks are computed at once: the forward passes under `torch.func.vmap`, both
+    gradients by plain autograd, which is right for every normalisation layer. `torch.func.grad` for the inner gradient
+    would not be, in PyTorch 2.13: reverse mode over `vmap(grad)` is off by up to 6 % for BatchNorm, LayerNorm and
+    affine InstanceNorm, silently.
 
     Args:
         network: the learner; its parameters are the meta-parameters. Those with `requires_grad=False` stay as they are.
@@ -147,25 +147,22 @@ class MAML(InnerLoop):
 
     def _loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
         """The sum of the meta-loss over tasks."""
-        losses = vmap(lambda *task: self.query_loss(parameters, rates, *task), randomness="different")(*tasks)
-        return [losses.sum()]
+        return [self.query_losses(parameters, rates, *tasks, first_order=True).sum()]
 
     def _gradients_and_loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
         """The sums over tasks of the gradients for parameters and learned rates, and of the meta-loss."""
+        # Not of the parameters themselves, whose hooks wait for the backward pass of the meta-loss.
+        parameters = {name: x.detach().requires_grad_() for name, x in parameters.items()}
+        leaves = list(parameters.values())
+        if self.inner_rates is not None:
+            rates = {name: x.detach().requires_grad_() for name, x in rates.items()}
+            leaves += rates.values()
+        with torch.enable_grad():
+            losses = self.query_losses(parameters, rates, *tasks, first_order=self.first_order)
+            gradients = torch.autograd.grad(losses, leaves, torch.ones_like(losses), materialize_grads=True)
+        return [*gradients, losses.detach().sum()]
 
-        leaves = [*parameters.values(), *(rates.values() if self.inner_rates is not None else ())]
-
-        def one(*task: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-            def loss(*values: Tensor) -> Tensor:
-                learned = rates if self.inner_rates is None else dict(zip(rates, values[len(parameters) :]))
-                return self.query_loss(dict(zip(parameters, values)), learned, *task)
-
-            return grad_and_value(loss, argnums=tuple(range(len(leaves))))(*leaves)
-
-        gradients, losses = vmap(one, randomness="different")(*tasks)
-        return [x.sum(0) for x in gradients] + [losses.sum()]
-
-    def query_loss(
+    def query_losses(
         self,
         parameters: Parameters,
         rates: Parameters | float,
@@ -173,12 +170,14 @@ class MAML(InnerLoop):
         support_labels: Tensor,
         queries: Tensor,
         query_labels: Tensor,
+        *,
+        first_order: bool = False,
     ) -> Tensor:
-        """The loss of one task's queries after adapting to its support."""
-        adapted, _ = self.adapt_parameters(
-            parameters, rates, support, support_labels, self.inner_steps, self.first_order
+        """The loss of each task's queries after adapting to its support, (tasks,); differentiable any number of times."""
+        shared, own, _ = self.adapt_parameters(
+            parameters, rates, support, support_labels, self.inner_steps, first_order
         )
-        return self.task_loss(adapted, queries, query_labels)
+        return self.over_tasks(self.task_loss, shared, own, queries, query_labels)
 
 
 def _key(name: str) -> str:

@@ -20,7 +20,7 @@ class WithGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph: expected False, got True: a meta-loss can be differentiated once; "
-                "for more, differentiate MAML.query_loss with torch.func"
+                "for more, differentiate MAML.query_losses"
             )
         return None, None, None, *torch._foreach_mul(ctx.gradients, grad / ctx.divisor)
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from ..reference.checks import whole_number
 from .inner_loop import InnerLoop, Parameters, check_constant, check_tasks
@@ -76,11 +75,12 @@ class Reptile(InnerLoop):
         self.inner_batch_size = inner_batch_size
 
     def inner_samples(self, step: int, support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inner_batch_size is None or self.inner_batch_size >= len(support):
+        count = support.shape[1]
+        if self.inner_batch_size is None or self.inner_batch_size >= count:
             return support, labels
         first = step * self.inner_batch_size
-        rows = torch.arange(first, first + self.inner_batch_size, device=support.device) % len(support)
-        return support[rows], labels[rows]
+        rows = torch.arange(first, first + self.inner_batch_size, device=support.device) % count
+        return support[:, rows], labels[:, rows]
 
     def forward(self, support: Tensor, support_labels: Tensor, *queries: Tensor) -> Tensor:
         """The mean over tasks and inner steps of the loss, with the gradient of Reptile.
@@ -104,12 +104,6 @@ class Reptile(InnerLoop):
 
     def _ends_and_loss(self, parameters: Parameters, rates: float, *tasks: Tensor) -> list[Tensor]:
         """The sums over tasks of where the adapted parameters end, and of the mean loss of the steps."""
-
-        def one(support: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
-            adapted, losses = self.adapt_parameters(
-                parameters, rates, support, labels, self.inner_steps, first_order=True
-            )
-            return [adapted[name] for name in parameters if name in self._adapted], torch.stack(losses).mean()
-
-        ends, losses = vmap(one, randomness="different")(*tasks)
-        return [x.sum(0) for x in ends] + [losses.sum()]
+        _, own, losses = self.adapt_parameters(parameters, rates, *tasks, self.inner_steps, first_order=True)
+        ends = [own[name].sum(0) for name in parameters if name in own]
+        return [*ends, torch.stack(losses).mean(0).sum()]
