@@ -125,6 +125,8 @@ def test_first_order_is_that_of_a_loop_and_another_than_second_order(name):
 @pytest.mark.slow
 @each_network
 def test_compiled_second_order_is_that_of_a_loop(name):
+    # A second set of shapes would be compiled with symbols, which linear layers over maps refuse under vmap (torch 2.13).
+    torch.compiler.reset()
     network, tasks = make(name)
     maml = MAML(network, mse_loss, inner_lr=RATE, inner_steps=2, compile=True)
     assert_same(maml, network, tasks, loop(network, tasks, steps=2)[0])

@@ -368,9 +368,10 @@ def compiled_with_gradients(function: Callable) -> Callable:
     import torch._dynamo  # not before it is asked for: it takes a second
 
     compiled = torch.compile(function, fullgraph=True)
+    traced_through = torch._dynamo.config.patch(trace_autograd_ops=True)  # made once: it takes longer than to enter it
 
     def run(*arguments):
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with traced_through:
             return compiled(*arguments)
 
     return run

@@ -138,12 +138,11 @@ class MAML(InnerLoop):
         differentiate = torch.is_grad_enabled() and bool(leaves)
         run = self.compiled(self._gradients_and_loss if differentiate else self._loss)
         tasks = support, support_labels, queries, query_labels
-        (*gradients, loss), count = self.sum_over_tasks(
+        (*gradients, total), count = self.sum_over_tasks(
             partial(run, parameters, rates), tasks, leaves if differentiate else []
         )
         divisor = count if self.reduction == "mean" else 1
-        loss = loss / divisor
-        return WithGradient.apply(loss, gradients, divisor, *leaves) if differentiate else loss
+        return WithGradient.apply(total, gradients, divisor, *leaves) if differentiate else total / divisor
 
     def _loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
         """The sum of the meta-loss over tasks."""

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class WithGradient(torch.autograd.Function):
-    """A value whose gradient for some leaves is known already, but for a divisor."""
+    """A sum over a divisor, whose gradients for some leaves are known already, but for the divisor."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, gradients: list[Tensor], divisor: int | Tensor, *leaves: Tensor) -> Tensor:
+    def forward(ctx, total: Tensor, gradients: list[Tensor], divisor: int | Tensor, *leaves: Tensor) -> Tensor:
         ctx.gradients, ctx.divisor = gradients, divisor
-        return value.view_as(value)
+        return total / divisor
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
