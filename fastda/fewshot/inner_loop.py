@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import iscode, ismodule
 
 import torch
 from torch import Tensor, nn
@@ -367,14 +368,22 @@ def compiled_with_gradients(function: Callable) -> Callable:
     """`function` compiled as one graph, the gradients that it takes in it included."""
     import torch._dynamo  # not before it is asked for: it takes a second
 
-    compiled = torch.compile(function, fullgraph=True)
-    traced_through = torch._dynamo.config.patch(trace_autograd_ops=True)  # made once: it takes longer than to enter it
+    compiled = torch.compile(function, fullgraph=True, options={"guard_filter_fn": guards_of_values})
 
     def run(*arguments):
-        with traced_through:
+        try:
+            return compiled(*arguments)
+        except torch._dynamo.exc.Unsupported:  # what is not compiled yet: the switch below takes time at each call
+            pass
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
             return compiled(*arguments)
 
     return run
+
+
+def guards_of_values(guards: Sequence) -> list[bool]:
+    """What compiled code checks at each call: not that global functions and modules are what they were, half of it."""
+    return [not (guard.is_global and (callable(x := guard.value) or ismodule(x) or iscode(x))) for guard in guards]
 
 
 def check_tasks(**tensors: Tensor) -> None:
