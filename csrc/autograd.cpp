@@ -1,8 +1,11 @@
 #include "autograd.h"
 
+#include "eager.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <mutex>
@@ -92,6 +95,7 @@ bool requires_grad(const IValue* tensors, size_t count) {
 
 // Forward mode is the reference's; a tangent must not be lost without a word.
 void refuse_tangents(const std::string& name, const IValue* tensors, size_t count) {
+  if (!torch::autograd::ForwardADLevel::try_get_by_idx(0)) return;
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK(!tensors[i].toTensor()._fw_grad(/*level=*/0).defined(), name,
                 ": has no forward-mode derivative; call the public function fastda.", name.substr(8),
@@ -150,12 +154,23 @@ struct Gradient : FusedNode {
     for (Tensor& tensor : unpack()) stack.emplace_back(std::move(tensor));
     stack.insert(stack.end(), constants.begin(), constants.end());
     for (size_t i = 0; i < differentiable; ++i) stack.emplace_back(task_should_compute_output(i));
-    op.backward.callBoxed(stack);
+    call_backward(stack);
     variable_list results;
     for (size_t i = 0; i < differentiable; ++i) {
       results.push_back(task_should_compute_output(i) ? std::move(stack[i]).toTensor() : Tensor());
     }
     return results;
+  }
+
+ private:
+  // Past the Autograd key where nothing is to be recorded and no transform is to see the call.
+  void call_backward(Stack& stack) const {
+    if (at::GradMode::is_enabled() || !is_plain_eager()) {
+      op.backward.callBoxed(stack);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      op.backward.callBoxed(stack);
+    }
   }
 };
 

@@ -13,6 +13,7 @@
 #include "domain_loss.h"
 #include "eager.h"
 #include "gradient_reversal.h"
+#include "meta_gradient.h"
 
 // FASTDA_VERSION and its like are bare words on the command line: quotes would not survive every platform's shell.
 #define FASTDA_STRING_(...) #__VA_ARGS__
@@ -171,4 +172,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gradient_reversal_forks", &gradient_reversal_forks, eager);
   m.def("gradient_reversal_linear", &gradient_reversal_linear, eager);
   m.def("domain_adversarial_loss", &domain_adversarial_loss, eager);
+  m.def("with_gradient", &fastda::with_gradient, "A total over a divisor, whose gradients for leaves are given.");
 }

@@ -43,7 +43,9 @@ const T* values(const Tensor& x) {
   return x.numel() ? x.const_data_ptr<T>() : nullptr;
 }
 
-Tensor dense(const Tensor& x, at::ScalarType dtype) { return x.to(dtype).contiguous(); }
+Tensor dense(const Tensor& x, at::ScalarType dtype) {
+  return x.scalar_type() == dtype && x.is_contiguous() ? x : x.to(dtype).contiguous();
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source_logits, const Tensor& target_logits,
                                                    const Tensor& source_weight, const Tensor& target_weight,
@@ -97,7 +99,7 @@ Tensor logits_gradient(const Tensor& grad_loss, const Tensor& logits, const Tens
       }
     });
   });
-  return result.to(logits.scalar_type());
+  return dense(result, logits.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& source_logits,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..reference.checks import option
 from .inner_loop import InnerLoop, Parameters, check_constant, check_tasks
-from .meta_gradient import WithGradient
+from .meta_gradient import with_gradient
 
 
 class MAML(InnerLoop):
@@ -142,7 +142,7 @@ class MAML(InnerLoop):
             partial(run, parameters, rates), tasks, leaves if differentiate else []
         )
         divisor = count if self.reduction == "mean" else 1
-        return WithGradient.apply(total, gradients, divisor, *leaves) if differentiate else total / divisor
+        return with_gradient(total, gradients, divisor, leaves) if differentiate else total / divisor
 
     def _loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
         """The sum of the meta-loss over tasks."""

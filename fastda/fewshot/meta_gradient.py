@@ -6,9 +6,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backend import eager_core
+
+
+def with_gradient(total: Tensor, gradients: list[Tensor], divisor: int | Tensor, leaves: list[Tensor]) -> Tensor:
+    """total / divisor, whose gradients for the leaves are the given ones / divisor. It can be differentiated once."""
+    core = eager_core(total)
+    if core is None:
+        return WithGradient.apply(total, gradients, divisor, *leaves)
+    return core.with_gradient(total, gradients, divisor, leaves)
+
 
 class WithGradient(torch.autograd.Function):
-    """A sum over a divisor, whose gradients for some leaves are known already, but for the divisor."""
+    """`with_gradient` without the compiled core."""
 
     @staticmethod
     def forward(ctx, total: Tensor, gradients: list[Tensor], divisor: int | Tensor, *leaves: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..reference.checks import whole_number
 from .inner_loop import InnerLoop, Parameters, check_constant, check_tasks
-from .meta_gradient import WithGradient
+from .meta_gradient import with_gradient
 
 
 class Reptile(InnerLoop):
@@ -100,7 +100,7 @@ class Reptile(InnerLoop):
             return loss
         with torch.no_grad():
             gradients = [x - end for x, end in zip(leaves, ends)]
-        return WithGradient.apply(loss, gradients, 1, *leaves)
+        return with_gradient(loss, gradients, 1, leaves)
 
     def _ends_and_loss(self, parameters: Parameters, rates: float, *tasks: Tensor) -> list[Tensor]:
         """The sums over tasks of where the adapted parameters end, and of the mean loss of the steps."""
