@@ -89,7 +89,7 @@ NUMBERS = {
     "label_smoothing": [(-0.1, ValueError), (1.1, ValueError), (math.nan, ValueError), ("0", TypeError)],
     "ignore_index": [(1.0, TypeError), (True, TypeError), (None, TypeError)],
     "k": [(0, ValueError), (-1, ValueError), (4, ValueError), (1.0, TypeError), (True, TypeError)],
-    "lambd": [*((x, ValueError) for x in (math.nan, math.inf, -math.inf)), ("1", TypeError), (True, TypeError)],
+    "lambd": [*((x, ValueError) for x in (math.nan, math.inf, -math.inf, 10**400)), ("1", TypeError), (True, TypeError)],
 }
 SCALARS = {
     "temperature": [(torch.ones(1), ValueError, "shape (1,)"), (torch.tensor(1), TypeError, "torch.int64")],

@@ -272,6 +272,16 @@ def test_median_and_quartiles():
     assert times.median("both") == 3 and times.quartiles("both") == (2, 4)
 
 
+def test_sides_are_compared_round_by_round():
+    """The second side takes 2 % longer, on a machine that slows down tenfold meanwhile, in steps of its own."""
+    first, second = Times({}), Times({})
+    for slowness in (1.0, 1.1, 3.0, 10.0, 9.0):
+        first.add([{"both": slowness * seconds} for seconds in (1.0, 1.0, 7.0)])
+        second.add([{"both": 1.02 * slowness}])
+    assert second.over(first, "both") == pytest.approx(1.02, abs=1e-12)
+    assert first.samples["both"][:4] == [1.0, 1.0, 7.0, 1.1] and first.over(first, "both") == 1
+
+
 # Memory
 
 
@@ -335,11 +345,11 @@ def test_a_record_holds_what_the_rules_ask_for(tmp_path):
 
 
 def test_the_ratio_is_against_the_fastest_baseline():
-    def side(seconds, baseline=True):
-        return {"times": {"both": {"median": seconds}}, "baseline": baseline}
+    def side(over_fused, baseline=True):
+        return {"times": {"both": {"over_fused": over_fused}}, "baseline": baseline}
 
-    sides = {"fused": side(2.0, False), "a": side(6.0), "b": side(4.0), "c": {"reason": "wrong"}}
-    sides["yardstick"] = side(1.0, False)
+    sides = {"fused": side(1.0, False), "a": side(3.0), "b": side(2.0), "c": {"reason": "wrong"}}
+    sides["yardstick"] = side(0.5, False)
     assert records.speed(sides, "both") == {"against": "b", "ratio": 2.0}
     assert records.speed(sides, "both", ("a", "c")) == {"against": "a", "ratio": 3.0}
     assert records.speed(sides, "both", ("yardstick",)) == {"against": "yardstick", "ratio": 0.5}
@@ -350,8 +360,8 @@ def test_the_geometric_mean_needs_all_its_cases():
     (group,) = GROUP_FIGURES
 
     def row(name, seconds):
-        side = {"times": {"both": {"median": seconds}}, "baseline": True}
-        fused = {"times": {"both": {"median": 1.0}}, "baseline": False}
+        side = {"times": {"both": {"over_fused": seconds}}, "baseline": True}
+        fused = {"times": {"both": {"over_fused": 1.0}}, "baseline": False}
         return {"name": name, "threads": 1, "phase": "both", "sides": {"fused": fused, "reference": side}}
 
     rows = [row(name, seconds) for name, seconds in zip(group.cases, (1, 4, 16, 16, 64, 256))]

@@ -5,7 +5,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 
 #include <cstring>
 
@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source_logits, 
   const auto options = source_logits.options().dtype(dtype);
   const Tensor s = dense(source_logits, dtype), t = dense(target_logits, dtype);
   const Tensor ws = dense(source_weight, dtype), wt = dense(target_weight, dtype);
-  const Tensor loss = at::empty(sizes.batch, options), scale = at::empty(batched(loss, 0, {2}), options);
-  const Tensor source_slope = at::empty(source_logits.sizes(), options),
-               target_slope = at::empty(target_logits.sizes(), options);
+  const Tensor loss = at::cpu::empty(sizes.batch, options), scale = at::cpu::empty(batched(loss, 0, {2}), options);
+  const Tensor source_slope = at::cpu::empty(source_logits.sizes(), options),
+               target_slope = at::cpu::empty(target_logits.sizes(), options);
   AT_DISPATCH_FLOATING_TYPES(dtype, "domain_adversarial_loss", [&] {
     const auto one_domain = [](const Tensor& x, const Tensor& w, const Tensor& slope, int64_t i, int64_t count,
                                int sign) {
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source_logits, 
 // The gradient of a domain's logits: the slope times what came in.
 Tensor logits_gradient(const Tensor& grad_loss, const Tensor& logits, const Tensor& slope, const Tensor& scale,
                        int domain, int64_t episodes) {
-  const Tensor result = at::empty(logits.sizes(), slope.options());
+  const Tensor result = at::cpu::empty(logits.sizes(), slope.options());
   const int64_t count = episodes ? logits.numel() / episodes : 0;
   AT_DISPATCH_FLOATING_TYPES(slope.scalar_type(), "domain_adversarial_loss_backward", [&] {
     const scalar_t *grads = grad_loss.const_data_ptr<scalar_t>(), *scales = scale.const_data_ptr<scalar_t>();
@@ -119,12 +119,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, con
   const auto dtype = accumulate_type(source_logits.scalar_type());
   const Tensor grad = dense(grad_loss, dtype), factors = dense(scale, dtype);
   const auto of_logits = [&](bool needed, const Tensor& logits, const Tensor& slope, int domain) {
-    if (!needed) return at::empty({0}, logits.options());
+    if (!needed) return at::cpu::empty({0}, logits.options());
     return logits_gradient(grad, logits, dense(slope, dtype), factors, domain, sizes.episodes);
   };
   const auto of_weight = [&](bool needed, const Tensor& logits, const Tensor& weight, double sign) {
     if (!needed || weight.numel() == 0)
-      return at::empty(needed ? weight.sizes() : at::IntArrayRef({0}), weight.options());
+      return at::cpu::empty(needed ? weight.sizes() : at::IntArrayRef({0}), weight.options());
     return domain_weight_gradient(grad, logits, weight, factors, sign, batch_dims, sizes.mean);
   };
   return {of_logits(need_source_logits, source_logits, source_slope, 0),

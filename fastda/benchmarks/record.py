@@ -68,7 +68,7 @@ def measure(
             rows[side.name] = {"reason": f"no time: {times.reason}"}
         else:
             rows[side.name] = {
-                "times": {phase: summary(times, phase) for phase in PHASES if phase in times.samples},
+                "times": {phase: summary(times, phase, found.get(FUSED)) for phase in PHASES if phase in times.samples},
                 "memory": memory(side.call, arguments, case.device, seed),
                 "errors": times.errors,
                 "baseline": side.is_baseline,
@@ -95,28 +95,29 @@ def measure(
     return row
 
 
-def summary(times: Times, phase: str) -> dict:
-    """Seconds: median and quartiles, and of how many samples."""
+def summary(times: Times, phase: str, fused: Times | Refused | None) -> dict:
+    """Seconds: median and quartiles, and of how many samples; and how many times as long as the fused op's."""
     lower, upper = times.quartiles(phase)
     return {
         "median": times.median(phase),
         "lower_quartile": lower,
         "upper_quartile": upper,
         "samples": len(times.samples[phase]),
+        "over_fused": times.over(fused, phase) if isinstance(fused, Times) else None,
     }
 
 
 def speed(sides: dict[str, dict], phase: str, against: Sequence[str] | None = None) -> dict | None:
     """Time of the fastest baseline over that of the fused op; None where one of them has no time."""
-    medians = {
-        name: side["times"][phase]["median"]
+    ratios = {
+        name: side["times"][phase]["over_fused"]
         for name, side in sides.items()
         if phase in side.get("times", {}) and (side["baseline"] if against is None else name in against)
     }
-    if not medians or phase not in sides[FUSED].get("times", {}):
+    if not ratios or phase not in sides[FUSED].get("times", {}):
         return None
-    fastest = min(medians, key=medians.get)
-    return {"against": fastest, "ratio": medians[fastest] / sides[FUSED]["times"][phase]["median"]}
+    fastest = min(ratios, key=ratios.get)
+    return {"against": fastest, "ratio": ratios[fastest]}
 
 
 def outcome(case: Case, figure: Figure, row: dict) -> dict:

@@ -1,6 +1,7 @@
 """Time of several sides, taken in turn in one process.
 
-Machines are noisy and slow down together, so sides alternate (A B C A B C ...) and what counts is the ratio of medians.
+Machines are noisy and slow down together, so sides alternate (A B C A B C ...) and two sides are compared round by round:
+what counts is the median, over the rounds, of the ratio of their times. A disturbance longer than a round leaves it alone.
 """
 
 from __future__ import annotations
@@ -29,14 +30,22 @@ LONGEST_REASON = 200  # characters
 
 @dataclass
 class Times:
-    """Samples of each phase, in seconds, of a side with these relative errors."""
+    """Samples of each phase, in seconds, of a side with these relative errors; and their median in each round."""
 
     errors: dict[str, float]
     samples: dict[str, list[float]] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, sample: dict[str, float]) -> None:
-        for phase, seconds in sample.items():
-            self.samples.setdefault(phase, []).append(seconds)
+    def add(self, turn: Sequence[dict[str, float]]) -> None:
+        """The samples of one round."""
+        for phase in turn[0]:
+            seconds = [sample[phase] for sample in turn]
+            self.samples.setdefault(phase, []).extend(seconds)
+            self.rounds.setdefault(phase, []).append(statistics.median(seconds))
+
+    def over(self, other: Times, phase: str) -> float:
+        """How many times as long as another side it takes: the median over the rounds."""
+        return statistics.median(own / its for own, its in zip(self.rounds[phase], other.rounds[phase]))
 
     def median(self, phase: str) -> float:
         return statistics.median(self.samples[phase])
@@ -81,9 +90,10 @@ class Stopwatch:
 
     def sample(self) -> dict[str, float]:
         """Seconds of one call; "backward" is absent where nothing asks for a gradient."""
-        start = self._now()
-        outputs = [call(self.function, self.arguments) for _ in range(self.repeats)]
-        middle = self._now()
+        with torch.set_grad_enabled(bool(self.inputs)):  # before the clock starts: it takes as long as a small op
+            start = self._now()
+            outputs = [self.function(*self.arguments) for _ in range(self.repeats)]
+            middle = self._now()
         if not self.inputs:
             seconds = (middle - start) / self.repeats
             return {"forward": seconds, "both": seconds}
@@ -130,8 +140,7 @@ def compare(
     try:
         while stopwatches and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or perf_counter() - start < budget):
             for name, stopwatch in stopwatches.items():
-                for sample in stopwatch.turn():
-                    found[name].add(sample)
+                found[name].add(stopwatch.turn())
             rounds += 1
     finally:
         if collecting:

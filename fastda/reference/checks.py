@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST = sys.float_info.max
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -128,13 +130,14 @@ def whole_number(name: str, value: int, least: int) -> int:
 
 
 def number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf):
-    """A finite real number (also NumPy's) within its bounds."""
+    """A finite real number (also NumPy's), no larger than floats are, within its bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}; convert it with float(...)")
-    if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
+    if not (value > above and value >= least and value <= most and -LARGEST <= value <= LARGEST):
         bound = f"> {above}" if above > -math.inf else f">= {least}" if least > -math.inf else "finite"
         bound += f" and <= {most}" if most < math.inf else ""
-        raise ValueError(f"{name}: expected a number {bound}, got {value}; pass one within these bounds")
+        got = f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > LARGEST else value
+        raise ValueError(f"{name}: expected a number {bound}, got {got}; pass one within these bounds")
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
 
