@@ -125,7 +125,7 @@ def test_first_order_is_that_of_a_loop_and_another_than_second_order(name):
 @pytest.mark.slow
 @each_network
 def test_compiled_second_order_is_that_of_a_loop(name):
-    # A second set of shapes would be compiled with symbols, which linear layers over maps refuse under vmap (torch 2.13).
+    # A second set of shapes is compiled with symbols, which linear layers over maps refuse under vmap (torch 2.13).
     torch.compiler.reset()
     network, tasks = make(name)
     maml = MAML(network, mse_loss, inner_lr=RATE, inner_steps=2, compile=True)
@@ -153,6 +153,17 @@ def test_every_option_compiles():
 def test_torch_compile_around_it_changes_nothing(name):
     network, tasks = make(name)
     assert_same(torch.compile(MAML(network, mse_loss, inner_lr=RATE)), network, tasks, loop(network, tasks)[0])
+
+
+class Scaled(nn.Module):
+    """A scalar among the parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return self.scale * x
 
 
 class Tied(nn.Module):
@@ -242,6 +253,7 @@ def test_frozen_parameters_get_no_gradient_and_do_not_move():
 @pytest.mark.parametrize("max_norm", [0.05, 1e3])
 def test_gradients_are_clipped_inside(max_norm):
     network, tasks = make()
+    network[1] = Scaled().double()
     maml = MAML(network, mse_loss, inner_lr=RATE, inner_steps=3, max_grad_norm=max_norm)
     expected, _ = loop(network, tasks, steps=3, max_norm=max_norm)
     assert_same(maml, network, tasks, expected)
@@ -297,6 +309,27 @@ def test_the_meta_loss_is_one_term_among_others():
         for loss in (maml(*tasks), expected)
     )
     assert_close(got, right, rtol=1e-9, atol=1e-10)
+
+
+def test_hooks_of_parameters_run_in_the_backward_pass_alone():
+    network, tasks = make()
+    seen = []
+    network[0].weight.register_hook(seen.append)
+    loss = MAML(network, mse_loss)(*tasks)
+    assert not seen
+    loss.backward()
+    assert_close(seen, [network[0].weight.grad])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_gradient_is_handed_over_once(backend):
+    network, tasks = make()
+    with fastda.use_backend(backend):
+        loss = MAML(network, mse_loss)(*tasks)
+    first = torch.autograd.grad(loss, network[0].weight, retain_graph=True)
+    assert_close(torch.autograd.grad(loss, network[0].weight), first)
+    with pytest.raises(RuntimeError, match="second"):
+        torch.autograd.grad(loss, network[0].weight)
 
 
 def test_a_third_derivative_is_refused_by_name():

@@ -1,7 +1,8 @@
 """Time of several sides, taken in turn in one process.
 
-Machines are noisy and slow down together, so sides alternate (A B C A B C ...) and two sides are compared round by round:
-what counts is the median, over the rounds, of the ratio of their times. A disturbance longer than a round leaves it alone.
+Machines are noisy and slow down together, so sides alternate (A B C A B C ...) and two sides are compared round by
+round: what counts is the median, over the rounds, of the ratio of their times. A disturbance longer than a round leaves
+it alone.
 """
 
 from __future__ import annotations

@@ -358,7 +358,7 @@ def below(argument: str, paths: Sequence[str], names: list[str]) -> list[str]:
 
 def clip(gradients: Parameters, max_norm: float) -> Parameters:
     """Scaled so that in each task the norm of all together is at most `max_norm`; differentiable, at 0 too."""
-    squared = sum(x.square().flatten(1).sum(1) for x in gradients.values())
+    squared = sum(x.square().reshape(len(x), -1).sum(1) for x in gradients.values())
     too_large = squared > max_norm**2
     scale = torch.where(too_large, max_norm * torch.where(too_large, squared, 1.0).rsqrt(), 1.0)
     return {name: scale.view(-1, *[1] * (x.dim() - 1)) * x for name, x in gradients.items()}

@@ -172,7 +172,7 @@ class MAML(InnerLoop):
         *,
         first_order: bool = False,
     ) -> Tensor:
-        """The loss of each task's queries after adapting to its support, (tasks,); differentiable any number of times."""
+        """The loss of each task's queries after adapting to its support, (tasks,). Any derivative can be taken."""
         shared, own, _ = self.adapt_parameters(
             parameters, rates, support, support_labels, self.inner_steps, first_order
         )

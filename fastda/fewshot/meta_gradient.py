@@ -22,7 +22,8 @@ class WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, total: Tensor, gradients: list[Tensor], divisor: int | Tensor, *leaves: Tensor) -> Tensor:
-        ctx.gradients, ctx.divisor = gradients, divisor
+        ctx.save_for_backward(*gradients)
+        ctx.divisor = divisor
         return total / divisor
 
     @staticmethod
@@ -32,7 +33,7 @@ class WithGradient(torch.autograd.Function):
                 "create_graph: expected False, got True: a meta-loss can be differentiated once; "
                 "for more, differentiate MAML.query_losses"
             )
-        return None, None, None, *torch._foreach_mul(ctx.gradients, grad / ctx.divisor)
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, grad / ctx.divisor)
 
 
 def sum_over_processes(tensors: list[Tensor], dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor]:
