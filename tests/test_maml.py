@@ -421,6 +421,21 @@ def test_adapt_returns_a_plain_model():
     mse_loss(model(tasks[2][0]), tasks[3][0]).backward()
 
 
+def test_inference_mode_changes_nothing():
+    network, tasks = make("BatchNorm1d")
+    maml = MAML(network, mse_loss, inner_lr=RATE)
+
+    def found(support, labels, queries, query_labels):
+        adapted = maml.adapt(support[0], labels[0])(queries[0])
+        return [maml.predict(support, labels, queries), maml(support, labels, queries, query_labels), adapted]
+
+    with torch.no_grad():
+        expected = found(*tasks)
+    with torch.inference_mode():
+        assert_close(found(*tasks), expected)
+        assert_close(found(*(x.clone() for x in tasks)), expected)
+
+
 def test_saving_and_copying():
     network, tasks = make()
     maml = MAML(network, mse_loss, inner_lr=RATE, learn_inner_lr=True)

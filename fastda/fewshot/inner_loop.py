@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import iscode, ismodule
 
 import torch
@@ -201,6 +201,7 @@ class InnerLoop(nn.Module):
 
     def chunks(self, *tasks: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The tasks, `chunk_size` of them at a time."""
+        tasks = tuple(map(recorded, tasks))
         if self.chunk_size is None:
             return iter([tasks])
         return zip(*(x.split(self.chunk_size) for x in tasks))
@@ -215,7 +216,7 @@ class InnerLoop(nn.Module):
         if len(tasks[0]) == 0 and self.process_group is None:
             raise ValueError("support: expected at least one task, got none; skip batches without tasks")
         count, sums = len(tasks[0]), None
-        with torch.no_grad(), self.batched():
+        with self.batched():
             if count > 0:  # a process may have no task
                 for some in self.chunks(*tasks):
                     found = function(*some)
@@ -229,8 +230,9 @@ class InnerLoop(nn.Module):
 
     @contextmanager
     def batched(self) -> Iterator[None]:
-        """What `vmap` and second derivatives need: no running statistics are written, attention is not fused, and under
-        autocast norms see the dtype of their parameters."""
+        """What `vmap` and the gradients inside need: no running statistics are written, attention is not fused, under
+        autocast norms see the dtype of their parameters, and nothing is recorded but where it is asked for, which
+        inference mode would refuse."""
         layers = [module for module in self.network.modules() if isinstance(module, _NormBase)]
         before = [(m.training, m.track_running_stats, m.running_mean, m.running_var) for m in layers]
         hooks = []
@@ -246,8 +248,10 @@ class InnerLoop(nn.Module):
                 else:
                     layer.training, layer.track_running_stats = True, False
                     layer.running_mean = layer.running_var = None
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
+            inference = torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else nullcontext():
+                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                    yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -280,7 +284,7 @@ class InnerLoop(nn.Module):
             raise ValueError("support: expected at least one task, got none; skip batches without tasks")
         steps = self._steps(steps)
         parameters, rates, outputs = self.meta_parameters(), self.rates(), []
-        with torch.no_grad(), self.batched():
+        with self.batched():
             for *labelled, asked in self.chunks(support, support_labels, queries):
                 shared, own, _ = self.adapt_parameters(parameters, rates, *labelled, steps, first_order=True)
                 outputs.append(self.over_tasks(self.call, shared, own, asked))
@@ -305,8 +309,8 @@ class InnerLoop(nn.Module):
             )
         check_labels("support", support, "support_labels", support_labels, dim=0)
         steps = self._steps(steps)
-        with torch.no_grad(), self.batched():
-            labelled = support.unsqueeze(0), support_labels.unsqueeze(0)
+        with self.batched():
+            labelled = [recorded(x).unsqueeze(0) for x in (support, support_labels)]
             _, own, _ = self.adapt_parameters(self.meta_parameters(), self.rates(), *labelled, steps, first_order=True)
         network = copy.deepcopy(self.network).eval()
         with torch.no_grad():
@@ -330,6 +334,11 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     if outputs.shape != labels.shape:
         return mse_loss(outputs, labels)  # which warns
     return (outputs - labels).square().mean()
+
+
+def recorded(x: Tensor) -> Tensor:
+    """A tensor that autograd can keep: a copy of one made in inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def in_own_dtype(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
