@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from ..methods import DANN, DeepCORAL, Method, SourceOnly
+from ..nn import DomainDiscriminator
 from ..reference import checks
 from ..schedules import dann_lambda
 from ..training import fit, random_states
@@ -97,9 +99,7 @@ class AdaptedNetwork(ClassifierMixin, BaseEstimator):
 
     def _network(self, sizes: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
         widths = (self.n_features_in_, *sizes)
-        layers = [
-            layer for i in range(len(sizes)) for layer in (nn.Linear(widths[i], widths[i + 1]), nn.ReLU())
-        ]
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
         return nn.Sequential(*layers), nn.Linear(widths[-1], len(self.classes_))
 
     def _method(self, feature_extractor: nn.Module, label_predictor: nn.Module) -> Method:
@@ -154,7 +154,7 @@ class CORALClassifier(AdaptedNetwork):
         *,
         weight: float | Callable[[float], float] = 1000.0,
         epochs: int = 50,
-        lr: float = 0.05,
+        lr: float = 0.1,
         batch_size: int = 64,
         weight_decay: float = 1e-3,
         random_state=None,
@@ -186,6 +186,7 @@ class DANNClassifier(AdaptedNetwork):
         lambd: λ of the gradient reversal, a number or a function of the progress of training; by default the paper's,
             which rises from 0 to 1.
         weight: of the domain classifier's loss, for itself and the features alike.
+        domain_hidden_features: units of the domain classifier's one hidden layer.
         epochs, lr, batch_size, weight_decay, random_state, device, progress: as in :class:`CORALClassifier`; one sample
             of each domain is enough for a step.
 
@@ -216,8 +217,9 @@ class DANNClassifier(AdaptedNetwork):
         *,
         lambd: float | Callable[[float], float] = dann_lambda,
         weight: float | Callable[[float], float] = 1.0,
+        domain_hidden_features: int = 64,
         epochs: int = 50,
-        lr: float = 0.05,
+        lr: float = 0.1,
         batch_size: int = 64,
         weight_decay: float = 1e-3,
         random_state=None,
@@ -227,6 +229,7 @@ class DANNClassifier(AdaptedNetwork):
         self.hidden_layer_sizes = hidden_layer_sizes
         self.lambd = lambd
         self.weight = weight
+        self.domain_hidden_features = domain_hidden_features
         self.epochs = epochs
         self.lr = lr
         self.batch_size = batch_size
@@ -236,4 +239,7 @@ class DANNClassifier(AdaptedNetwork):
         self.progress = progress
 
     def _method(self, feature_extractor: nn.Module, label_predictor: nn.Module) -> Method:
-        return DANN(feature_extractor, label_predictor, lambd=self.lambd, weight=self.weight)
+        discriminator = DomainDiscriminator(
+            label_predictor.in_features, self.domain_hidden_features, num_layers=2, dropout=0.0
+        )
+        return DANN(feature_extractor, label_predictor, discriminator, lambd=self.lambd, weight=self.weight)
