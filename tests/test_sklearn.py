@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sklearn
 from sklearn.base import clone
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -22,6 +22,7 @@ CLASSIFIERS = [
     DANNClassifier(epochs=3, random_state=0),
     PrototypeClassifier(),
 ]
+FOLDS = KFold(2, shuffle=True, random_state=0)  # both domains in each part
 each_classifier = pytest.mark.parametrize("classifier", CLASSIFIERS, ids=lambda c: type(c).__name__)
 
 
@@ -45,7 +46,7 @@ def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
 
-# Means of five seeds, source alone and adapted: CORAL 0.66 and 0.96, DANN 0.81 and 0.90, prototypes 0.68 and 1.00.
+# Means of five seeds, source alone and adapted: CORAL 0.66 and 0.97, DANN 0.80 and 0.87, prototypes 0.67 and 1.00.
 # CORAL sees no rotation of clouds whose covariance is round, and prototypes follow no class that passes by another.
 @pytest.mark.parametrize(
     ("classifier", "shift", "margin"),
@@ -74,7 +75,8 @@ def test_labels_of_the_target_are_not_looked_at(classifier):
     names = np.array(["cat", "dog", "owl"])[y]
     expected = clone(classifier).fit(X, names, sample_domain=domains).predict_proba(X)
     for mask in ("?", None, np.nan):
-        masked = np.array([name if domain > 0 else mask for name, domain in zip(names, domains, strict=True)], dtype=object)
+        masked = names.astype(object)
+        masked[domains < 0] = mask
         found = clone(classifier).fit(X, masked, sample_domain=domains)
         assert found.classes_.tolist() == ["cat", "dog", "owl"]
         np.testing.assert_array_equal(found.predict_proba(X), expected)
@@ -122,7 +124,8 @@ def test_in_a_pipeline_and_a_grid_search(classifier):
     parameter = "refinements" if isinstance(classifier, PrototypeClassifier) else "epochs"
     with sklearn.config_context(enable_metadata_routing=True):
         routed = clone(classifier).set_fit_request(sample_domain=True)
-        search = GridSearchCV(make_pipeline(StandardScaler(), routed), {f"{name}__{parameter}": [1, 3]}, cv=2)
+        pipeline, grid = make_pipeline(StandardScaler(), routed), {f"{name}__{parameter}": [1, 3]}
+        search = GridSearchCV(pipeline, grid, cv=FOLDS, error_score="raise")
         search.fit(X, y, sample_domain=domains)
         unrouted = clone(classifier).set_params(**search.best_estimator_[-1].get_params())
     expected = unrouted.fit(StandardScaler().fit_transform(X), y, sample_domain=domains)
@@ -168,7 +171,7 @@ def test_labels_that_are_missing(classifier):
 
 
 def test_too_few_samples_for_a_covariance():
-    with pytest.raises(ValueError, match="X: expected at least 2 samples of each domain at a time, got 1 of the target"):
+    with pytest.raises(ValueError, match="X: expected at least 2 samples of each domain .*got 1 of the target"):
         CORALClassifier().fit(np.eye(4), [0, 1, 0, 1], sample_domain=[1, 1, 1, -1])
     with pytest.raises(ValueError, match="batch_size: expected at least 2"):
         CORALClassifier(batch_size=1).fit(np.eye(4), [0, 1, 0, 1], sample_domain=[1, 1, -1, -1])
@@ -181,7 +184,7 @@ def test_too_few_samples_for_a_covariance():
         (DANNClassifier(hidden_layer_sizes=(0,)), ValueError, "hidden_layer_sizes: expected at least 1, got 0"),
         (DANNClassifier(epochs=1.5), TypeError, "epochs: expected an int"),
         (PrototypeClassifier(metric="manhattan"), ValueError, "metric: expected one of"),
-        (PrototypeClassifier(temperature=0.0), ValueError, "temperature: expected a number above 0"),
+        (PrototypeClassifier(temperature=0.0), ValueError, "temperature: expected a number"),
         (PrototypeClassifier(refinements=-1), ValueError, "refinements: expected at least 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Deep CORAL and DANN as scikit-learn classifiers: a small fully connected network, trained by `fastda.training.fit`."""
+"""Deep CORAL and DANN as scikit-learn classifiers: a small network, trained by `fastda.training.fit`."""
 
 from __future__ import annotations
 
