@@ -143,7 +143,7 @@ def test_partial_fit_is_fit_of_all_samples():
         np.testing.assert_allclose(classifier.predict_proba(X).sum(1), 1)
     whole = PrototypeClassifier().fit(X, y)
     np.testing.assert_allclose(classifier.prototypes_, whole.prototypes_, rtol=1e-12)
-    with pytest.raises(ValueError, match="y: expected labels of .* pass all classes to the first call"):
+    with pytest.raises(ValueError, match="y: expected one of .* pass all to the first call"):
         classifier.partial_fit(X[:1], [7])
 
 

@@ -100,7 +100,7 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(
-                f"y: expected labels of {self.classes_.tolist()}, got {unknown[0]!r}; pass all classes to the first call"
+                f"y: expected one of {self.classes_.tolist()}, got {unknown[0]!r}; pass all to the first call"
             )
         indices = np.searchsorted(self.classes_, y)
         means = class_means(_tensor(X), torch.from_numpy(indices.astype(np.int64)), len(self.classes_)).numpy()
