@@ -423,6 +423,22 @@ def test_gradients_of_episodes_where_some_features_are_not_finite(metric, querie
     assert_close(*found, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("features", [64, 60])
+def test_gradients_larger_than_the_caches(features):
+    """They are written past these where rows are whole cache lines, as 64 features are and 60 are not."""
+    draw = Draw(Sizes(batch=(40,), samples=5, others=900, features=features, classes=5))
+    support, queries, labels = draw.samples(5), draw.samples(900), torch.arange(5).expand(40, 5)
+    targets = draw.labels(900)
+    found = []
+    for module in (fastda, fastda.reference):
+
+        def loss(support, queries, module=module):
+            return module.prototypical_loss(support, labels, queries, targets, 5, temperature=8.0)
+
+        found.append(values_and_gradients(loss, support, queries))
+    assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
 def test_an_episode_of_many_classes():
     draw = Draw(Sizes(samples=700, others=60, features=8, classes=300), torch.float64)
     support, labels, queries, targets = draw.samples(700), draw.labels(700), draw.samples(60), draw.labels(60)

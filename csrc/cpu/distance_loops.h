@@ -16,6 +16,18 @@ struct Grid {
 
   static Vector load(const T* x) { return *reinterpret_cast<const Vector*>(x); }
   static void store(T* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
+  // Past the caches; `to` is aligned to whole vectors.
+  static void stream(T* to, Vector value) {
+#if FASTDA_X86 && FASTDA_VECTOR_BYTES == 64
+    asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "v"(value));
+#elif FASTDA_X86 && FASTDA_VECTOR_BYTES == 32
+    asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "x"(value));
+#elif FASTDA_X86
+    asm volatile("movntps %1, %0" : "=m"(*reinterpret_cast<Vector*>(to)) : "x"(value));
+#else
+    store(to, value);
+#endif
+  }
   // Stores a value, or adds it; no more than `width` of its lanes.
   static void put(Vector value, bool add, T* to, int64_t width) {
     if (width >= lanes) return store(to, add ? load(to) + value : value);
@@ -201,7 +213,7 @@ constexpr int64_t most_summed_rows = 128;
 // not written.
 template <typename T, Sum form, int rows, int vectors>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
-                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add,
+                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
                     T* out, int64_t out_stride) {
   using G = Grid<T>;
   constexpr int64_t chunk = form == Sum::shared_differences ? 32 : 256;  // of samples: short sums are exact ones
@@ -223,7 +235,11 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
           T* to = out + (i + r) * out_stride + d;
           for (int64_t v = 0; v < vectors && d + v * G::lanes < width; ++v) {
-            G::put(sum[r][v], add || k > 0, to + v * G::lanes, width - d - v * G::lanes);
+            if (put == Put::stream && samples <= chunk) {
+              G::stream(to + v * G::lanes, sum[r][v]);
+            } else {
+              G::put(sum[r][v], put == Put::add || k > 0, to + v * G::lanes, width - d - v * G::lanes);
+            }
           }
         }
       }
@@ -234,7 +250,7 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
 // Many rows, or few with more of their columns: as much as the registers hold.
 template <typename T, Sum form>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
-                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, bool add,
+                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
                     T* out, int64_t out_stride) {
   constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
   constexpr int64_t many = wide ? 10 : 5, few = 5, of_many = 2, of_few = wide ? 4 : 2;
@@ -246,9 +262,9 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
   if (whole > 0) {
     const int64_t middle = split(of_many);
     sum_samples_of<T, form, many, of_many>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
-                                           width, add, out, out_stride);
+                                           width, put, out, out_stride);
     sum_samples_of<T, form, many, 1>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, middle, end, width,
-                                     add, out, out_stride);
+                                     put, out, out_stride);
   }
   if (whole == count) return;
   x += whole * x_stride;
@@ -256,19 +272,22 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
   out += whole * out_stride;
   const int64_t middle = split(of_few);
   sum_samples_of<T, form, few, of_few>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
-                                       width, add, out, out_stride);
-  sum_samples_of<T, form, few, 1>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, middle, end, width, add,
+                                       width, put, out, out_stride);
+  sum_samples_of<T, form, few, 1>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, middle, end, width, put,
                                   out, out_stride);
 }
 
 template <typename T>
 void sum_samples_of(Sum form, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
                     const T* c, const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end,
-                    int64_t width, bool add, T* out, int64_t out_stride) {
+                    int64_t width, Put put, T* out, int64_t out_stride) {
   const auto run = form == Sum::products             ? &sum_samples_of<T, Sum::products>
                    : form == Sum::shared_differences ? &sum_samples_of<T, Sum::shared_differences>
                                                      : &sum_samples_of<T, Sum::differences, 5, 1>;
-  run(x, x_stride, count, w, w_row, w_step, c, y, y_stride, samples, begin, end, width, add, out, out_stride);
+  run(x, x_stride, count, w, w_row, w_step, c, y, y_stride, samples, begin, end, width, put, out, out_stride);
+#if FASTDA_X86
+  if (put == Put::stream) asm volatile("sfence" ::: "memory");  // before another thread is told that it is done
+#endif
 }
 
 // Many rows and many columns: products on packed panels, of points less one near them all. What is subtracted is no part

@@ -11,6 +11,9 @@ enum class Metric { sqeuclidean, euclidean, cosine };
 // What a gradient adds up: w (x − y), each difference on its own or in two parts, or w y.
 enum class Sum { differences, shared_differences, products };
 
+// Where sums go: over what is there, onto it, or past the caches, which a large result would only empty.
+enum class Put { store, add, stream };
+
 inline Metric metric_of(c10::string_view name) {
   if (name == "sqeuclidean") return Metric::sqeuclidean;
   if (name == "euclidean") return Metric::euclidean;

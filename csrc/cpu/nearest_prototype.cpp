@@ -120,8 +120,8 @@ void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const S
         T* row = weights.data() + (i - some.begin) * to.count();
         FASTDA_RUN(weights_from_distances(row, to.empty(), to.count(), n.metric, grad));
       }
-      gradients_from_weights(from, some, to, weights.data(), to.count(), n.metric, first > 0, grad_queries,
-                             some.begin > 0, of_block);
+      gradients_from_weights(from, some, to, weights.data(), to.count(), n.metric, put_or_add(first > 0),
+                             grad_queries, put_or_add(some.begin > 0), of_block);
     });
     if (of_block) finish_prototypes(to, of_block);
   });
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
           FASTDA_RUN(weights_from_distances(weight, to.empty(), 1, n.metric, incoming + i));
           if (!need_queries) continue;
           T* out = grad_queries + i / k * n.features;
-          sum_differences(from, query, to, {0, 1}, {weight, 1, 1}, n.metric, true, out);
+          sum_differences(from, query, to, {0, 1}, {weight, 1, 1}, n.metric, Put::add, out);
           if (i % k == k - 1) from.through_directions(i / k, i / k + 1, out);
         }
       });
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
                            for (int64_t i = starts[c]; i < starts[c + 1]; ++i) {
                              const int64_t query = order[i] / k;
                              sum_differences(to, {0, 1}, from, {query, query + 1}, {weights.data() + order[i], 1, 1},
-                                             n.metric, true, out);
+                                             n.metric, Put::add, out);
                            }
                            finish_prototypes(to, out);
                          }

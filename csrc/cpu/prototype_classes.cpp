@@ -129,8 +129,8 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
           T* row = weights.data() + (i - block.begin) * stride;
           FASTDA_RUN(weights_from_distances(row, to.empty(), n.classes, n.metric, incoming + i * n.classes));
         });
-        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, false, grad_queries,
-                               block.begin > 0, grad_prototypes);
+        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, Put::store, grad_queries,
+                               put_or_add(block.begin > 0), grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
@@ -217,8 +217,8 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
           if (slope) *slope = 0;
           FASTDA_RUN(weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, nearest, l, slope));
         });
-        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, false, grad_queries,
-                               block.begin > 0, grad_prototypes);
+        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, Put::store, grad_queries,
+                               put_or_add(block.begin > 0), grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
@@ -382,8 +382,8 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
             FASTDA_RUN(weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, nearest, l,
                                            need_temperature ? &slopes[i] : nullptr));
           });
-          gradients_from_weights(from, some, to, weights.data(), stride, n.metric, classes.begin > 0, grad_queries,
-                                 some.begin > 0, of_block);
+          gradients_from_weights(from, some, to, weights.data(), stride, n.metric,
+                                 put_or_add(classes.begin > 0), grad_queries, put_or_add(some.begin > 0), of_block);
         });
         if (need_prototypes) finish_prototypes(to, of_block);
       });

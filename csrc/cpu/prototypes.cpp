@@ -229,7 +229,9 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
                             incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
                             scaled.data(), stride));
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
-      gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, false, grad_queries, false,
+      const Put put =
+          need_queries && n.metric != Metric::cosine ? put_once(of_queries, grad_queries) : Put::store;
+      gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, put, grad_queries, Put::store,
                              need_support ? of_prototypes.data() : nullptr);
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (!need_support) return;

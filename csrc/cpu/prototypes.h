@@ -288,14 +288,14 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
 }
 
 // out = Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, for some rows x and some samples y, or added to it. out is
-// dense.
+// dense; where it goes past the caches, aligned to their lines, its rows whole lines.
 template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
-                     bool add, T* out) {
+                     Put put, T* out) {
   constexpr int64_t worth_packing = 40;
   const int64_t least = std::min({rows.size(), samples.size(), x.features()});
   if (least >= worth_packing && x.is_finite() && y.is_finite()) {
-    return sum_packed(x, rows, y, samples, w, metric, add, out);
+    return sum_packed(x, rows, y, samples, w, metric, put == Put::add, out);
   }
   constexpr int64_t worth_sharing = 1 << 14;  // multiplications; of a few, each difference is the more exact way
   const bool large = rows.size() * samples.size() * x.features() >= worth_sharing;
@@ -314,9 +314,19 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
       FASTDA_RUN(sum_samples_of(
           form, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row), w.data + row * w.row, w.row,
           w.step, centre, y.row(samples.begin), y.stride(), count, column, std::min(column + most_columns, x.depth()),
-          x.features(), add, out + row * x.features(), x.features()));
+          x.features(), put, out + row * x.features(), x.features()));
     }
   });
+}
+
+inline Put put_or_add(bool add) { return add ? Put::add : Put::store; }
+
+// Where a result goes that is written once.
+template <typename T>
+Put put_once(const Tensor& result, const T* first) {
+  constexpr int64_t large = 8 << 20;  // bytes, more than a core has of the caches near it
+  const bool lines = result.size(-1) * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(first) % 64 == 0;
+  return lines && result.numel() * static_cast<int64_t>(sizeof(T)) >= large ? Put::stream : Put::store;
 }
 
 // Between the rows of a block of distances to so many classes: an odd number of cache lines, so that the columns of a
@@ -331,15 +341,15 @@ int64_t row_stride(int64_t classes) {
 // Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed.
 template <typename T>
 void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, int64_t stride,
-                            Metric metric, bool add_queries, T* grad_queries, bool add_prototypes,
+                            Metric metric, Put put_queries, T* grad_queries, Put put_prototypes,
                             T* grad_prototypes) {
   const int64_t classes = p.count();
   if (grad_queries) {
-    sum_differences(q, queries, p, {0, classes}, {weights, stride, 1}, metric, add_queries,
+    sum_differences(q, queries, p, {0, classes}, {weights, stride, 1}, metric, put_queries,
                     grad_queries + queries.begin * q.features());
   }
   if (grad_prototypes) {
-    sum_differences(p, {0, classes}, q, queries, {weights, 1, stride}, metric, add_prototypes, grad_prototypes);
+    sum_differences(p, {0, classes}, q, queries, {weights, 1, stride}, metric, put_prototypes, grad_prototypes);
   }
 }
 
