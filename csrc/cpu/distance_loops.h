@@ -1,8 +1,9 @@
 // Sums over features of queries against prototypes, and over samples of their differences; compiled once for each
 // instruction set by for_each_isa.h.
 //
-// Distances and gradients are taken from the differences q − p themselves: exact where ‖q‖² − 2q·p + ‖p‖² cancels, and
-// as fast where a processor adds beside its multiplications. Rows hold whole vectors, filled up with zeros.
+// Few of them: from the differences q − p themselves, exact where ‖q‖² − 2q·p + ‖p‖² cancels. Many: from products of
+// what is left of the points without one near them all, and from differences where even that cancels. Rows hold whole
+// vectors, filled up with zeros.
 
 // Inlined, arrays of vectors stay in registers.
 #define FASTDA_INLINE inline __attribute__((always_inline))
