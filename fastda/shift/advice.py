@@ -237,7 +237,10 @@ def by_class(case: Case) -> tuple[str, str] | None:
         return "few-shot", f"{about} are a handful: too few to train on, enough for a prototype of each"
     if case.a_class < 100:
         if case.domains == "different" and case.can_align:
-            return f"{case.alignment}+finetune", f"{about} are few and the domains different: align them, and use the labels"
+            return (
+                f"{case.alignment}+finetune",
+                f"{about} are few and the domains different: align them, and use the labels",
+            )
         why = "the domains similar" if case.domains == "similar" else "the source cannot be aligned with the target"
         return "feature-extraction", f"{about} are few and {why}: keep the features, learn a linear head"
     if case.a_class <= 1000:
@@ -255,7 +258,11 @@ def by_total(case: Case) -> tuple[str, str, str]:
         return "top-layers", "moderate to high", f"{about} are between 1000 and {full}: train the top layers"
     if total <= 200 and case.domains == "different" and case.can_align:
         if total >= 50:
-            return f"{case.alignment}+finetune", "moderate", f"{about} are few, but the source has labels: align and fine-tune"
+            return (
+                f"{case.alignment}+finetune",
+                "moderate",
+                f"{about} are few, but the source has labels: align and fine-tune",
+            )
         return "few-shot", "moderate", f"{about} are a handful"
     if total < 50:
         return "few-shot", "moderate", f"{about} are a handful"
@@ -266,7 +273,9 @@ def _answer(case: Case) -> Recommendation:
     disagreement, other = "", None
     if case.kinds == ():
         method, gain = "none", "none"
-        reason = "no shift was found: what is wrong is not that the data have changed, so look at the labels and the model"
+        reason = (
+            "no shift was found: what is wrong is not that the data have changed, so look at the labels and the model"
+        )
     elif case.kinds == ("label",):
         method, gain = "reweight", "moderate"
         reason = (
@@ -281,10 +290,14 @@ def _answer(case: Case) -> Recommendation:
         reason = "what the labels mean has changed, which unlabelled samples do not show: label some of the target"
     elif case.labelled == 0 and not case.can_align:
         method, gain = "source-only", "none"
-        reason = "without labelled source samples of these classes, unlabelled target samples teach nothing: label a few"
+        reason = (
+            "without labelled source samples of these classes, unlabelled target samples teach nothing: label a few"
+        )
     elif case.labelled == 0:
         method, gain = case.alignment, "variable"
-        reason = f"no target sample has a label and {case.unlabelled} have none: make the features of both domains alike"
+        reason = (
+            f"no target sample has a label and {case.unlabelled} have none: make the features of both domains alike"
+        )
     else:
         one, (method, gain, reason) = by_class(case), by_total(case)
         if one is not None and one[0] != method:
@@ -299,7 +312,9 @@ def _answer(case: Case) -> Recommendation:
     if "concept" in (case.kinds or ()) and case.labelled:
         reason += "; p(y | x) has changed, so that no alignment of inputs helps: labels of the target are what counts"
     if case.kinds is not None and set(case.kinds) >= {"covariate", "label"}:
-        reason += "; class frequencies differ too: sample the source by the class weights, or alignment mixes classes up"
+        reason += (
+            "; class frequencies differ too: sample the source by the class weights, or alignment mixes classes up"
+        )
     if case.coral_is_blind and method.startswith("dann"):
         reason += "; the covariances agree already, so that CORAL would do nothing"
     return Recommendation(

@@ -62,7 +62,9 @@ def draw_features(axes: Axes, report: ShiftReport) -> None:
     )
     axes.set_xlim(0, 1)
     axes.set_xlabel("Kolmogorov-Smirnov distance")
-    axes.set_title(f"Features: {len(different)} of {report.num_features} differ,\norange; the {len(chosen)} farthest", fontsize=10)
+    axes.set_title(
+        f"Features: {len(different)} of {report.num_features} differ,\norange; the {len(chosen)} farthest", fontsize=10
+    )
 
 
 def draw_sureness(axes: Axes, report: ShiftReport) -> None:

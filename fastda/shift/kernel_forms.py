@@ -28,7 +28,12 @@ class Forms:
 
 
 def quadratic_forms(
-    points: Tensor, coefficients: Tensor, *, bandwidth: float | None, progress: bool | None = False, name: str = "kernel"
+    points: Tensor,
+    coefficients: Tensor,
+    *,
+    bandwidth: float | None,
+    progress: bool | None = False,
+    name: str = "kernel",
 ) -> Forms:
     """The forms of all columns of `coefficients` in the kernel matrix of `points`.
 

@@ -212,7 +212,15 @@ def diagnose(
 
 
 def prepare(
-    source, target, source_labels, target_labels, source_probabilities, target_probabilities, classes, max_samples, random
+    source,
+    target,
+    source_labels,
+    target_labels,
+    source_probabilities,
+    target_probabilities,
+    classes,
+    max_samples,
+    random,
 ) -> tuple[Data, list[str]]:
     """Arguments checked, large samples thinned, features standardised, predictions made where none were given."""
     source, target = as_pair(source, target, least=LEAST_SAMPLES)
@@ -340,7 +348,14 @@ class Explanation:
 
 
 def explain(
-    data: Data, tests: list[Test], kernel: MMD, predicted: LabelShift | None, level: float, permutations, random, progress
+    data: Data,
+    tests: list[Test],
+    kernel: MMD,
+    predicted: LabelShift | None,
+    level: float,
+    permutations,
+    random,
+    progress,
 ) -> Explanation:
     """Covariate shift, label shift, or both."""
     uniform = np.ones(len(data.source))
@@ -353,7 +368,12 @@ def explain(
     kinds, weights, by_counts = ("covariate",), uniform, False
     if rejected & {"labels", "predicted classes"}:
         residual = label_residual(
-            data.source, data.target, data.source_labels, data.source_probabilities, data.target_probabilities, **options
+            data.source,
+            data.target,
+            data.source_labels,
+            data.source_probabilities,
+            data.target_probabilities,
+            **options,
         )
         class_weights = predicted.weights[data.source_labels]
         if residual.p_value > level:
@@ -382,7 +402,14 @@ def drift(data: Data, inputs: Explanation) -> ConceptDrift:
 
 
 def blind_spots(
-    data: Data, kinds: tuple[str, ...], coral: CORALDistance, labels: LabelShift | None, alpha, permutations, seed, progress
+    data: Data,
+    kinds: tuple[str, ...],
+    coral: CORALDistance,
+    labels: LabelShift | None,
+    alpha,
+    permutations,
+    seed,
+    progress,
 ) -> list[str]:
     """What CORAL cannot see, and what these tests could not."""
     found = []

@@ -113,7 +113,10 @@ def thick_pens(random) -> KnownShift:
 
 
 def selected(random) -> KnownShift:
-    """Digits with much ink in the lower half are likelier to be in the target, whatever they are: p(y | x) is kept."""
+    """Digits with much ink in the lower half are likelier to be in the target, whatever they are.
+
+    p(y | x) is kept, and p(y) changes with p(x), since some digits have more ink there.
+    """
     images, labels = pixels()
     score = images[:, 32:].mean(1)
     z = (score - score.mean()) / score.std()
@@ -121,7 +124,7 @@ def selected(random) -> KnownShift:
     t = random.permutation(np.flatnonzero(chance))[:NUM_TARGET]
     s = random.permutation(np.flatnonzero(~chance))[:NUM_SOURCE]
     q = np.bincount(labels, weights=1 / (1 + np.exp(-1.5 * z)), minlength=10)
-    return KnownShift(images[s], images[t], labels[s], labels[t], ("covariate",), q / q.sum())
+    return KnownShift(images[s], images[t], labels[s], labels[t], ("covariate", "label"), q / q.sum())
 
 
 def relabelled(random, of: Callable = no_shift) -> KnownShift:

@@ -131,7 +131,9 @@ class ShiftReport:
         if "label" in self.kinds:
             texts["label"] += f" ({self._most_changed()})"
         if "concept" in self.kinds:
-            texts["concept"] += f", {100 * self.concept.excess:.1f} points more errors than the shift of inputs explains"
+            texts["concept"] += (
+                f", {100 * self.concept.excess:.1f} points more errors than the shift of inputs explains"
+            )
         return "; ".join(texts[kind] for kind in self.kinds)
 
     def _most_changed(self, most: int = 3) -> str:
@@ -228,7 +230,14 @@ class ShiftReport:
 
     def _tests(self) -> Section:
         rows = [
-            (t.name, t.question, f"{t.statistic:.3g}", f"{t.p_value:.2g}", f"{t.adjusted:.2g}", "yes" if t.rejected else "")
+            (
+                t.name,
+                t.question,
+                f"{t.statistic:.3g}",
+                f"{t.p_value:.2g}",
+                f"{t.adjusted:.2g}",
+                "yes" if t.rejected else "",
+            )
             for t in self.tests
         ]
         return Section(
@@ -243,7 +252,11 @@ class ShiftReport:
     def _distances(self) -> Section:
         distance, rows = self.proxy_a_distance, []
         rows.append(
-            ("proxy A-distance", f"{distance.distance:.2f}", f"0 alike, 2 apart; {distance.low:.2f} to {distance.high:.2f}")
+            (
+                "proxy A-distance",
+                f"{distance.distance:.2f}",
+                f"0 alike, 2 apart; {distance.low:.2f} to {distance.high:.2f}",
+            )
         )
         rows.append(("MMD²", f"{self.mmd.squared:.2g}", f"Gaussian kernel, width {self.mmd.bandwidth:.3g}"))
         rows.append(("CORAL", f"{self.coral.distance:.2g}", f"covariances; p = {self.coral.p_value:.2g}"))
@@ -260,7 +273,11 @@ class ShiftReport:
         if self.concept is not None:
             c = self.concept
             rows.append(
-                ("error on labelled target, %", f"{100 * c.target_error:.1f}", f"{100 * c.source_error:.1f} on the source")
+                (
+                    "error on labelled target, %",
+                    f"{100 * c.target_error:.1f}",
+                    f"{100 * c.source_error:.1f} on the source",
+                )
             )
             if not c.unsettled:
                 rows.append(
@@ -329,7 +346,9 @@ class ShiftReport:
         fields["summary"] = self.summary
         if self.label_shift is not None:
             fields["label_shift"]["changed"] = _plain_value(self.label_shift.changed)
-        fields["recommendation"] = self.recommendation.to_dict() | {"steps": [s.method for s in self.recommendation.steps]}
+        fields["recommendation"] = self.recommendation.to_dict() | {
+            "steps": [s.method for s in self.recommendation.steps]
+        }
         return _plain_value(fields)
 
     def to_json(self) -> str:
@@ -367,7 +386,9 @@ class ShiftReport:
         check_writable("path", path)
         suffix = path.suffix.lower().lstrip(".") or "png"
         if suffix not in formats():
-            raise ValueError(f"path: expected a suffix of {', '.join(formats())}, got {path.suffix!r}; choose one of them")
+            raise ValueError(
+                f"path: expected a suffix of {', '.join(formats())}, got {path.suffix!r}; choose one of them"
+            )
         figure = draw(self)
         write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=150))
         return path

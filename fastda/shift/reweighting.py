@@ -15,7 +15,9 @@ from .logistic import FOLDS, Logistic, fit_logistic, folds_of
 from .mmd import permutation_p_value
 
 LEAST_EFFECTIVE_SAMPLES = 30
-LARGEST_ODDS = 19.0  # of a sample to be the target's, 95 %: above, a few samples would stand for all (Crump et al. 2009)
+LARGEST_ODDS = (
+    19.0  # of a sample to be the target's, 95 %: above, a few samples would stand for all (Crump et al. 2009)
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ def label_residual(
     drawn_s = weighted + ((delta - class_sums) / counts[:, None])[labels]
     drawn_t = -(signs_t - signs_t.mean(0)) / n_target
     coefficients = np.concatenate(
-        [np.concatenate([own[:, None], drawn_s], 1), np.concatenate([np.full((n_target, 1), -1 / n_target), drawn_t], 1)]
+        [
+            np.concatenate([own[:, None], drawn_s], 1),
+            np.concatenate([np.full((n_target, 1), -1 / n_target), drawn_t], 1),
+        ]
     )
     return _test(source, target, coefficients, bandwidth, progress, "label shift")
 
@@ -94,7 +99,10 @@ def weighted_residual(
     drawn_s = own[:, None] * (signs_s - own @ signs_s)
     drawn_t = -(signs_t - signs_t.mean(0)) / n_target
     coefficients = np.concatenate(
-        [np.concatenate([own[:, None], drawn_s], 1), np.concatenate([np.full((n_target, 1), -1 / n_target), drawn_t], 1)]
+        [
+            np.concatenate([own[:, None], drawn_s], 1),
+            np.concatenate([np.full((n_target, 1), -1 / n_target), drawn_t], 1),
+        ]
     )
     return _test(source, target, coefficients, bandwidth, progress, "reweighting")
 
@@ -191,9 +199,7 @@ def concept_drift(
     noise = math.sqrt(sum(s * (1 - s) / (n + 2) for s, n in zip(shares, (effective, len(target_wrong)))))
     centre, half = shares[1] - shares[0], normal_quantile(0.95) * noise
     if not unsettled and effective < LEAST_EFFECTIVE_SAMPLES:
-        unsettled = (
-            f"the weights that make the source look like the target leave {effective:.0f} of {len(source_wrong)} samples"
-        )
+        unsettled = f"the weights that make the source look like the target leave {effective:.0f} of {len(source_wrong)} samples"
     return ConceptDrift(
         source_error=float(source_wrong.mean()),
         target_error=target_error,
