@@ -10,6 +10,7 @@ from torch import Tensor
 from ..progress import progress_bar
 
 ROWS, COLUMNS = 512, 1024  # of a tile: 2 MB in float32, which stays in the cache from its product to its last use
+LARGEST_EXPONENT = 100.0  # ‖x‖²/2σ² of points whose distances lose no more than 1e-5 of the kernel in float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def quadratic_forms(
         halved = -0.5 * points.square().sum(1, keepdim=True)
         one = torch.ones_like(halved)
         # −‖x − y‖²/2 as a single product: [x, −‖x‖²/2, 1] · [y, 1, −‖y‖²/2]
-        left, right = torch.cat([points, halved, one], 1).float(), torch.cat([points, one, halved], 1).float()
+        left, right = torch.cat([points, halved, one], 1), torch.cat([points, one, halved], 1)
+        if halved.min() > -LARGEST_EXPONENT:
+            left, right = left.float(), right.float()
         diagonal = torch.ones(count, dtype=torch.float64, device=points.device)
     else:
         left = right = points.float()
@@ -70,7 +73,7 @@ def quadratic_forms(
             for start in range(top, count, COLUMNS):
                 columns = slice(start, min(start + COLUMNS, count))
                 tile = left[rows] @ right[columns].T
-                tile = tile.clamp_(max=0).exp_() if bandwidth is not None else tile.square_()
+                tile = tile.clamp_(max=0).float().exp_() if bandwidth is not None else tile.square_()
                 if start == top:
                     tile[:, :height].triu_(1)
                 products = tile @ with_ones[columns]

@@ -29,6 +29,7 @@ from .samples import (
 EXPLAINED = 0.5
 """Where more than frequencies differ, label shift is named too if class weights remove this share of MMD²."""
 
+LEAST_PERMUTATIONS = 199
 LARGEST_CONDITION = 1e3  # of a confusion matrix that tells the classes apart
 
 
@@ -85,7 +86,7 @@ def diagnose(
 
     Four tests ask whether p(x) changed: MMD, a domain classifier, each feature by itself, and how often each class is
     predicted; with target labels, two more: how often each class occurs, and the error. Together they raise an alarm
-    without a shift with a probability of at most `alpha` (Holm). What is found then is told apart:
+    without a shift with a probability of at most `alpha` (Bonferroni). What is found then is told apart:
 
     - **label shift**, p(y) differs and p(x | y) does not: classes are predicted with other frequencies, and the source,
       its classes weighted by the estimated ones, cannot be told from the target.
@@ -109,7 +110,7 @@ def diagnose(
         feature_names: D strings.
         unlabelled: how many target samples without labels there are in all, for the recommendation.
         alpha: the probability of a false alarm, and the false discovery rate of the features.
-        permutations: of each kernel test; at least 99.
+        permutations: of each kernel test; at least 199, or they could never reject.
         max_samples: of each domain; of larger ones a random part is looked at, and a warning says so.
         seed: of all that is random.
         progress: progress bars (tqdm): True, False, or None for some where tqdm is installed and the terminal shows
@@ -138,7 +139,7 @@ def diagnose(
         (('label',), 'reweight')
     """
     checks.number("alpha", alpha, above=0, most=0.5)
-    checks.whole_number("permutations", permutations, 99)
+    checks.whole_number("permutations", permutations, LEAST_PERMUTATIONS)
     checks.whole_number("max_samples", max_samples, LEAST_SAMPLES)
     checks.whole_number("seed", seed, 0)
     random = np.random.default_rng(seed)
@@ -175,14 +176,14 @@ def diagnose(
         largest = float(np.abs(frequencies[1] - frequencies[0]).max())
         tests.append(Test("labels", "do the classes occur as often?", largest, p_value))
         tests.append(Test("error", "is it what reweighting explains?", float("nan"), 1.0))
-    tests = holm(tests, alpha)
+    tests = bonferroni(tests, alpha)
 
     inputs = explain(data, tests, kernel, predicted, alpha / len(tests), permutations, random, progress)
     kinds = inputs.kinds
     if data.classes and data.known.any():
         concept = drift(data, inputs)
         p_value = 1.0 if concept.unsettled else concept.p_value
-        tests = holm([*tests[:-1], replace(tests[-1], statistic=concept.excess, p_value=p_value)], alpha)
+        tests = bonferroni([*tests[:-1], replace(tests[-1], statistic=concept.excess, p_value=p_value)], alpha)
         if tests[-1].rejected:
             kinds = tuple(kind for kind in kinds if kind != "label" or not inputs.by_counts) + ("concept",)
         elif concept.unsettled:
@@ -297,7 +298,7 @@ def counted(predicted: LabelShift, labels: np.ndarray) -> LabelShift:
     counts = np.bincount(labels, minlength=len(predicted.classes))
     if len(counts) > len(predicted.classes):
         return predicted
-    low, high = wilson_interval(counts, counts.sum())
+    low, high = wilson_interval(counts)
     shares = counts / counts.sum()
     weights = shares / predicted.source_frequencies
     return replace(predicted, target_frequencies=shares, low=low, high=high, weights=weights)
@@ -316,13 +317,9 @@ def confidence_drop(data: Data) -> Confidence:
     )
 
 
-def holm(tests: list[Test], alpha: float) -> list[Test]:
-    """Adjusted p-values: the family's error rate is at most alpha."""
-    order = sorted(range(len(tests)), key=lambda i: tests[i].p_value)
-    adjusted, largest = [0.0] * len(tests), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min((len(tests) - rank) * tests[i].p_value, 1.0))
-        adjusted[i] = largest
+def bonferroni(tests: list[Test], alpha: float) -> list[Test]:
+    """p-values times their number: the chance that any of these tests rejects what is true is at most alpha."""
+    adjusted = [min(len(tests) * test.p_value, 1.0) for test in tests]
     return [replace(test, adjusted=p, rejected=p <= alpha) for test, p in zip(tests, adjusted)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,9 +89,12 @@ def estimate_label_shift(
     .. math::
         v_c(q) = \frac{q_c (1 - q_c) + \sum_j q_j s_{cj}^2}{N_t} + \sum_j \frac{q_j^2 s_{cj}^2}{n_j}
 
-    which has the noise of the target's sample, of its predictions, and of the confusion. The interval is all q_c
-    with (q̂_c − q_c)² ≤ z² v_c(q), the other frequencies scaled to leave q_c: for a perfect classifier it is Wilson's,
-    and like that it holds for rare classes, where q̂ ± z·√v does not.
+    which has the noise of the target's sample, of its predictions, and of the confusion. The interval is all q_c with
+
+    .. math:: (|\hat q_c - q_c| - 1 / 2N_t)^2 \le z^2 v_c(q)
+
+    the other frequencies scaled to leave q_c. For a perfect classifier it is Wilson's with continuity correction, and
+    like that it holds for rare classes, where q̂ ± z·√v does not.
 
     Args:
         source_labels: (Ns,), integers or strings.
@@ -214,22 +218,27 @@ def score_interval(
     others = others / others.sum() if others.sum() > 0 else np.full(len(others), 1 / len(others))
     own, rest = variance[c], np.delete(variance, c)
     own_noise, rest_noise = own / counts[c], others**2 @ (rest / np.delete(counts, c))
+    # v(x) = constant + linear·x + square·x²
     constant = others @ rest / num_target + rest_noise
     linear = (1 + own - others @ rest) / num_target - 2 * rest_noise
     square = own_noise + rest_noise - 1 / num_target
-    a, b, c0 = 1 - z**2 * square, -(2 * raw + z**2 * linear), raw**2 - z**2 * constant
-    if a <= 0:
+    if z**2 * square >= 1:
         return 0.0, 1.0
-    root = np.sqrt(max(b**2 - 4 * a * c0, 0.0))
-    return tuple(np.clip([(-b - root) / (2 * a), (-b + root) / (2 * a)], 0, 1).tolist())
+    ends = []
+    for sign in (-1, 1):
+        centre = raw + sign / (2 * num_target)
+        a, b, c0 = 1 - z**2 * square, -(2 * centre + z**2 * linear), centre**2 - z**2 * constant
+        ends.append((-b + sign * math.sqrt(max(b**2 - 4 * a * c0, 0.0))) / (2 * a))
+    return tuple(np.clip(ends, 0, 1).tolist())
 
 
-def wilson_interval(successes: np.ndarray, trials: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval of a share."""
-    z, share = normal_quantile(level), np.asarray(successes) / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return (centre - half).clip(0), (centre + half).clip(max=1)
+def wilson_interval(counts: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's intervals of the classes' shares, with continuity correction."""
+    shares, none = counts / counts.sum(), np.zeros(len(counts))
+    z = normal_quantile(level)
+    ends = [score_interval(q, c, shares, none, np.ones(len(counts)), counts.sum(), z) for c, q in enumerate(shares)]
+    low, high = np.array(ends).T
+    return np.minimum(low, shares), np.maximum(high, shares)
 
 
 def normal_quantile(level: float) -> float:

@@ -35,7 +35,7 @@ class Test:
         name, question: what is tested.
         statistic: how large the difference is, in the test's own measure.
         p_value: of this test by itself.
-        adjusted: of the family, by Holm.
+        adjusted: times the number of tests (Bonferroni).
         rejected: whether `adjusted` is at most alpha: the answer is that something differs.
     """
 
@@ -245,7 +245,7 @@ class ShiftReport:
             ("test", "question", "statistic", "p", "adjusted", "differs"),
             tuple(rows),
             (False, False, True, True, True, False),
-            f"Adjusted for their number (Holm): one false alarm among all of them in {1 / self.alpha:.0f} data sets at "
+            f"Adjusted for their number (Bonferroni): one false alarm among all of them in {1 / self.alpha:.0f} data sets at "
             "most.",
         )
 

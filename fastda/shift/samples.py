@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,7 +83,7 @@ def as_label_list(name: str, value, count: int) -> list:
         )
     labels = []
     for label in array.tolist():
-        if label is None or label == "" or label != label:
+        if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
             labels.append(None)
         elif isinstance(label, str):
             labels.append(label)
