@@ -15,7 +15,7 @@ CONFUSION = np.array([[0.8, 0.1, 0.1], [0.15, 0.7, 0.2], [0.05, 0.2, 0.7]])  # c
 
 def predictions(labels: np.ndarray, random: np.random.Generator, soft: bool = False) -> np.ndarray:
     """Of a classifier with that confusion; soft ones are blurred."""
-    chosen = np.array([random.choice(3, p=CONFUSION[:, label]) for label in labels])
+    chosen = (random.random((len(labels), 1)) > CONFUSION.cumsum(0).T[labels, :2]).sum(1)
     hard = np.eye(3)[chosen]
     return 0.7 * hard + 0.3 * random.dirichlet(np.ones(3), len(labels)) if soft else hard
 
@@ -44,13 +44,13 @@ def test_for_a_perfect_classifier_and_many_source_samples_it_is_wilsons():
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("q", [(0.6, 0.3, 0.1), (0.02, 0.49, 0.49)])
 def test_intervals_hold(q, soft):
-    """300 repeats: 285 expected for each class; fewer than 274 once in 400 times."""
+    """150 repeats: 142 expected for each class; fewer than 134 once in 200 times."""
     random, inside = np.random.default_rng(0), np.zeros(3)
-    for _ in range(300):
+    for _ in range(150):
         source, target = np.repeat([0, 1, 2], 60), random.choice(3, 250, p=q)
         found = estimate_label_shift(source, predictions(source, random, soft), predictions(target, random, soft))
         inside += (found.low <= q) & (q <= found.high)
-    assert (inside >= 274).all(), inside
+    assert (inside >= 134).all(), inside
 
 
 def test_the_test_of_frequencies_keeps_its_level():

@@ -186,8 +186,7 @@ def from_predictions(
     # s², classes × given class. One sample more of each, predicted without preference: no error seen is not no error.
     padded = [np.concatenate([scores[labels == j], inverse.mean(1)[None]]) for j in range(len(classes))]
     variance = np.stack([own.var(0, ddof=1) for own in padded], 1)
-    estimate = raw.clip(0)
-    estimate = estimate / estimate.sum() if estimate.sum() > 0 else counts / counts.sum()
+    estimate = as_frequencies(raw)
     low, high = np.zeros(len(classes)), np.ones(len(classes))
     for c in np.flatnonzero(resolved):
         low[c], high[c] = score_interval(raw[c], c, estimate, variance[c], counts, len(target), normal_quantile(level))
@@ -208,6 +207,12 @@ def from_predictions(
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """M: column j is the mean prediction for class j."""
     return np.stack([predictions[labels == j].mean(0) for j in range(num_classes)], 1)
+
+
+def as_frequencies(q: np.ndarray) -> np.ndarray:
+    """Estimates of sum 1 along the first axis, those below 0 set to 0 and the others scaled."""
+    positive = q.clip(0)
+    return positive / positive.sum(0)
 
 
 def score_interval(

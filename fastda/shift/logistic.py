@@ -43,7 +43,9 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, sample_weig
     importance = torch.ones(len(labels), device=features.device) if sample_weight is None else sample_weight.float()
     importance = importance / importance.sum()
     prior = 0.5 / len(labels)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=STEPS, history_size=20, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .kernel_forms import quadratic_forms
-from .label_shift import confusion_matrix, normal_quantile
+from .label_shift import as_frequencies, confusion_matrix, normal_quantile
 from .logistic import FOLDS, Logistic, fit_logistic, folds_of
 from .mmd import permutation_p_value
 
@@ -49,7 +49,7 @@ def label_residual(
     q is the black-box estimate of the target's class frequencies from the predictions, which may be the labels
     themselves, one-hot, where they are known. The null distribution is by a multiplier bootstrap: each sample's
     contribution to Σ_j q̂_j μ̂_j − μ̂_T has a random sign, its contribution to q̂ included, so that the noise of the
-    estimated frequencies is accounted for. Contributions are linear in the kernel's feature map: each draw is one
+    estimated frequencies is accounted for, within what frequencies can be. Contributions are linear in the kernel's feature map: each draw is one
     vector of coefficients, and all draws take one pass over the kernel.
 
     Source: the bootstrap of degenerate statistics: Arcones & Giné, On the bootstrap of U and V statistics, Annals of
@@ -59,7 +59,8 @@ def label_residual(
     confusion = confusion_matrix(labels, source_predictions, len(counts))
     inverse = np.linalg.pinv(confusion, rcond=1e-6)
     mean = target_predictions.mean(0)
-    q = inverse @ mean
+    raw = inverse @ mean
+    q = as_frequencies(raw)
     own = (q / counts)[labels]  # a_i, a source sample's share
     n_target = len(target)
 
@@ -70,7 +71,7 @@ def label_residual(
     class_sums = one_hot.T @ weighted  # (C, P)
     noise_t = (target_predictions - mean).T @ signs_t / n_target
     noise_s = (source_predictions - confusion.T[labels]).T @ weighted
-    delta = inverse @ (noise_t - noise_s)
+    delta = as_frequencies(raw[:, None] + inverse @ (noise_t - noise_s)) - q[:, None]
     drawn_s = weighted + ((delta - class_sums) / counts[:, None])[labels]
     drawn_t = -(signs_t - signs_t.mean(0)) / n_target
     coefficients = np.concatenate(
