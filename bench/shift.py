@@ -28,9 +28,9 @@ from fastda.shift.known_shifts import KNOWN_SHIFTS, make
 from fastda.shift.logistic import cross_fitted
 
 LABEL_SHIFTS = ("label: one rare class", "label: three rare classes")
-REPEATS = {"none": 200, **dict.fromkeys(LABEL_SHIFTS, 100)}
-OTHERS = 30  # repeats
-INTERVAL_REPEATS = 300
+REPEATS = {"none": 100, **dict.fromkeys(LABEL_SHIFTS, 100)}
+OTHERS = 20  # repeats
+INTERVAL_REPEATS = 200
 SAMPLES, FEATURES, PERMUTATIONS = (1_000, 10_000, 100_000), 64, 200
 
 
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("kinds", "mmd"))
     parser.add_argument("--output", type=Path, default=Path("bench/results/shift"))
-    parser.add_argument("--repeats", type=int, help="of each shift and of the intervals, in place of 30 to 300")
+    parser.add_argument("--repeats", type=int, help="of each shift and of the intervals, in place of 20 to 200")
     parser.add_argument("--samples", type=int, nargs="+", default=SAMPLES, help="of each domain, for MMD")
     options = parser.parse_args(arguments)
     record = {

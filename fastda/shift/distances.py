@@ -15,7 +15,7 @@ from .kernel_forms import quadratic_forms
 from .label_shift import normal_quantile
 from .logistic import balanced, fit_logistic, folds_of
 from .mmd import assignments, permutation_p_value
-from .samples import as_pair
+from .samples import as_pair, require_scipy
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def proxy_a_distance(source, target, *, seed: int = 0) -> ProxyADistance:
     held_out = torch.from_numpy(folds_of(domains.cpu().numpy(), random, folds=2) == 1).to(features.device)
     train = domains[~held_out]
     classifier = fit_logistic(features[~held_out], train, 2, balanced(train, 2))
-    logits = classifier.logits(features[held_out]).double()
+    logits = classifier.logits(features[held_out])
     scores, truth = (logits[:, 1] - logits[:, 0]).cpu(), domains[held_out].cpu()
     return from_scores(scores[truth == 0], scores[truth == 1])
 
 
 def from_scores(source: Tensor, target: Tensor) -> ProxyADistance:
     """From the scores of held-out samples; above 0 says target. A score of 0 is half an error."""
-    mannwhitneyu = require_scipy("proxy_a_distance").mannwhitneyu
+    mannwhitneyu = require_scipy("proxy_a_distance", "stats").mannwhitneyu
     errors = [(source > 0).double() + 0.5 * (source == 0), (target < 0).double() + 0.5 * (target == 0)]
     error = sum(e.mean().item() for e in errors) / 2
     # of each error as Agresti and Caffo do: two samples more, one of them wrong
@@ -171,14 +171,3 @@ def coral_distance(
     forms = quadratic_forms(points, coefficients, bandwidth=None, progress=progress, name="covariances")
     squared = forms.quadratic + coefficients.double().square().T @ forms.diagonal
     return CORALDistance(distance, permutation_p_value(squared[0].item(), squared[1:].cpu()))
-
-
-def require_scipy(function: str):
-    """scipy.stats, or a sentence that says how to get it."""
-    try:
-        import scipy.stats
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{function} needs scipy, which is not installed: pip install 'fastda-kernels[shift]'", name="scipy"
-        ) from error
-    return scipy.stats

@@ -9,8 +9,7 @@ import numpy as np
 
 from ..progress import progress_bar
 from ..reference import checks
-from .distances import require_scipy
-from .samples import as_pair
+from .samples import as_pair, require_scipy
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +72,7 @@ def feature_tests(
         >>> feature_tests(source, target, alpha=1e-6).different
         (2,)
     """
-    stats = require_scipy("feature_tests")
+    stats = require_scipy("feature_tests", "stats")
     source, target = (x.cpu().numpy() for x in as_pair(source, target))
     checks.number("alpha", alpha, above=0, most=1)
     names = feature_labels(feature_names, source.shape[1])

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .samples import require_scipy
 
 FOLDS = 5
 STEPS = 200
@@ -15,48 +16,49 @@ STEPS = 200
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted classifier: probabilities of the classes, (N, C), from features (N, D)."""
+    """A fitted classifier: probabilities of the classes, (N, C), from features (N, D) in float64."""
 
     mean: Tensor
     deviation: Tensor
     weight: Tensor
     bias: Tensor
 
-    @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        return ((features - self.mean) / self.deviation).float() @ self.weight.T + self.bias
+        return (features - self.mean) / self.deviation @ self.weight.T + self.bias
 
     def probabilities(self, features: Tensor) -> Tensor:
-        return self.logits(features).double().softmax(1)
+        return self.logits(features).softmax(1)
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, sample_weight: Tensor | None = None) -> Logistic:
     """Multinomial logistic regression on standardised features, with a Gaussian prior of deviation 1 on the weights.
 
-    Deterministic: it starts at zero, and the problem is convex.
+    Deterministic: it starts at zero, and the problem is convex. The gradient is written out, since a network of one
+    layer needs no autograd, and scipy's L-BFGS takes a third of the time of torch's on small data.
     """
+    minimize = require_scipy("logistic regression", "optimize").minimize
     mean, deviation = features.mean(0), features.std(0, correction=0)
     deviation = torch.where(deviation <= 1e-12 * features.abs().amax(0), torch.inf, deviation)
-    inputs = ((features - mean) / deviation).float()
-    weight = torch.zeros(num_classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
-    importance = torch.ones(len(labels), device=features.device) if sample_weight is None else sample_weight.float()
+    inputs = (features - mean) / deviation
+    importance = torch.ones_like(inputs[:, 0]) if sample_weight is None else sample_weight
     importance = importance / importance.sum()
+    targets = torch.nn.functional.one_hot(labels, num_classes) * importance[:, None]
     prior = 0.5 / len(labels)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=STEPS, history_size=20, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
-    )
+    shape = num_classes, inputs.shape[1] + 1  # the bias is the last column
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            losses = F.cross_entropy(inputs @ weight.T + bias, labels, reduction="none")
-            value = losses @ importance + prior * weight.square().sum()
-            value.backward()
-        return value
+    def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        parameters = torch.from_numpy(parameters).view(shape).to(inputs.device)
+        weight, bias = parameters[:, :-1], parameters[:, -1]
+        log_probabilities = (inputs @ weight.T + bias).log_softmax(1)
+        loss = prior * weight.square().sum() - (targets * log_probabilities).sum()
+        difference = importance[:, None] * log_probabilities.exp() - targets
+        gradient = torch.cat([difference.T @ inputs + 2 * prior * weight, difference.sum(0)[:, None]], 1)
+        return loss.item(), gradient.flatten().cpu().numpy()
 
-    optimizer.step(loss)
-    return Logistic(mean, deviation, weight.detach(), bias.detach())
+    start = np.zeros(shape[0] * shape[1])
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS, "gtol": 1e-5})
+    parameters = torch.from_numpy(found.x).view(shape).to(inputs.device)
+    return Logistic(mean, deviation, parameters[:, :-1], parameters[:, -1])
 
 
 def balanced(labels: Tensor, num_classes: int) -> Tensor:

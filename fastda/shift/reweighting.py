@@ -151,7 +151,7 @@ def domain_importance(labels: Tensor, weights: Tensor) -> Tensor:
 
 def log_odds(classifier: Logistic, features: Tensor) -> Tensor:
     """Of the second of two classes, (N, 1)."""
-    logits = classifier.logits(features).double()
+    logits = classifier.logits(features)
     return logits[:, 1:] - logits[:, :1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 
@@ -123,3 +124,13 @@ def as_probabilities(name: str, value, count: int, num_classes: int | None = Non
         )
     value = value.clip(0)
     return value / value.sum(1, keepdims=True)
+
+
+def require_scipy(who: str, module: str):
+    """A module of scipy, or a sentence that says how to get it."""
+    try:
+        return importlib.import_module(f"scipy.{module}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{who} needs scipy, which is not installed: pip install 'fastda-kernels[shift]'", name="scipy"
+        ) from error
