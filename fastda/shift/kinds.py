@@ -84,7 +84,7 @@ def diagnose(
     """What kind of shift lies between two samples, how large it is, and what to do about it.
 
     Four tests ask whether p(x) changed: MMD, a domain classifier, each feature by itself, and how often each class is
-    predicted; with target labels, two more: how often each class occurs, and the error. Together they raise an alarm
+    predicted. With target labels there is the error, and, where all are known, how often each class occurs. Together they raise an alarm
     without a shift with a probability of at most `alpha` (Bonferroni). What is found then is told apart:
 
     - **label shift**, p(y) differs and p(x | y) does not: classes are predicted with other frequencies, and the source,
@@ -168,12 +168,12 @@ def diagnose(
         confidence = confidence_drop(data)
         largest = np.abs(labels.target_frequencies - labels.source_frequencies).max()
         tests.append(Test("predicted classes", "are they predicted as often?", float(largest), labels.p_value))
+    if data.classes and data.fully_labelled:
+        both, count = (data.source_labels, data.target_labels), len(data.classes) + 1
+        before, after = (np.bincount(x, minlength=count) / len(x) for x in both)
+        p_value = same_frequencies(*both, count, random)
+        tests.append(Test("labels", "do the classes occur as often?", float(np.abs(after - before).max()), p_value))
     if data.classes and data.known.any():
-        found = data.target_labels[data.known]
-        frequencies = [np.bincount(x, minlength=len(data.classes) + 1) / len(x) for x in (data.source_labels, found)]
-        p_value = same_frequencies(data.source_labels, found, len(data.classes) + 1, random)
-        largest = float(np.abs(frequencies[1] - frequencies[0]).max())
-        tests.append(Test("labels", "do the classes occur as often?", largest, p_value))
         tests.append(Test("error", "is it what reweighting explains?", float("nan"), 1.0))
     tests = bonferroni(tests, alpha)
 
@@ -374,7 +374,7 @@ def explain(
         class_weights = predicted.weights[data.source_labels]
         if residual.p_value > level:
             return Explanation(("label",), class_weights)
-        if 1 - residual.squared / kernel.squared >= EXPLAINED:
+        if residual.squared <= (1 - EXPLAINED) * kernel.squared:
             kinds, weights = ("covariate", "label"), class_weights
         elif "labels" in rejected:
             kinds, by_counts = ("covariate", "label"), True

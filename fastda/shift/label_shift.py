@@ -212,6 +212,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 def as_frequencies(q: np.ndarray) -> np.ndarray:
     """Estimates of sum 1 along the first axis, those below 0 set to 0 and the others scaled."""
     positive = q.clip(0)
+    positive = np.where(positive.sum(0) > 0, positive, 1.0)
     return positive / positive.sum(0)
 
 

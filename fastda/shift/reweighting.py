@@ -15,9 +15,8 @@ from .logistic import FOLDS, Logistic, fit_logistic, folds_of
 from .mmd import permutation_p_value
 
 LEAST_EFFECTIVE_SAMPLES = 30
-LARGEST_ODDS = (
-    19.0  # of a sample to be the target's, 95 %: above, a few samples would stand for all (Crump et al. 2009)
-)
+LARGEST_ODDS = 19.0
+"""Of a sample to be the target's, 95 %: above, a few samples would stand for all (Crump et al., Biometrika 2009)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def label_residual(
     q is the black-box estimate of the target's class frequencies from the predictions, which may be the labels
     themselves, one-hot, where they are known. The null distribution is by a multiplier bootstrap: each sample's
     contribution to Σ_j q̂_j μ̂_j − μ̂_T has a random sign, its contribution to q̂ included, so that the noise of the
-    estimated frequencies is accounted for, within what frequencies can be. Contributions are linear in the kernel's feature map: each draw is one
-    vector of coefficients, and all draws take one pass over the kernel.
+    estimated frequencies is accounted for, within what frequencies can be. Each draw is one vector of coefficients in
+    the kernel's feature map, and all draws take one pass over the kernel.
 
     Source: the bootstrap of degenerate statistics: Arcones & Giné, On the bootstrap of U and V statistics, Annals of
     Statistics 20, 1992; Chwialkowski, Sejdinovic & Gretton, A wild bootstrap for degenerate kernel tests, NIPS 2014.
