@@ -119,7 +119,8 @@ def test_what_the_figure_shows(report, without_labels):
     np.testing.assert_allclose(heights[10:], 100 * report.label_shift.target_frequencies)
     largest = features.get_yticklabels()[-1].get_text()
     assert largest == report.features.names[report.features.statistics.argmax()]
-    assert f"{100 * report.confidence.drop:.1f} points" in sureness.get_title()
+    confidence = report.confidence
+    assert f"{100 * confidence.source:.1f} → {100 * confidence.target:.1f} %" in sureness.get_title()
     assert len(draw(without_labels).axes) == 1
 
 

@@ -81,7 +81,7 @@ def draw_sureness(axes: Axes, report: ShiftReport) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylim(0, 105)
     axes.set_ylabel("%")
-    axes.set_title(f"Confidence: {100 * sure.drop:.1f} points lost", fontsize=10)
+    axes.set_title(f"Confidence: {100 * sure.source:.1f} → {100 * sure.target:.1f} %", fontsize=10)
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -51,6 +51,8 @@ class LabelShift:
 
         .. math:: p_T(y | x) = \frac{w_y \, p_S(y | x)}{\sum_{y'} w_{y'} \, p_S(y' | x)}
 
+        A class whose estimated frequency is 0 is not predicted any more.
+
         Args:
             probabilities: (N, C), columns in the order of `classes`.
 
