@@ -43,6 +43,15 @@ __all__ = [
     "prototype_log_softmax",
     "prototype_softmax",
     "prototypical_loss",
+    "recommend",
     "schedules",
     "use_backend",
 ]
+
+
+def __getattr__(name: str):
+    if name == "recommend":  # on its first use, so that importing fastda stays cheap
+        from .shift import recommend
+
+        return recommend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

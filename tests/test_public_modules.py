@@ -1,4 +1,4 @@
-"""What methods, training, finetuning, fewshot and sklearn offer: documented, with examples that run."""
+"""What methods, training, finetuning, fewshot, shift and sklearn offer: documented, with examples that run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("methods", "training", "finetuning", "fewshot", "sklearn")
+MODULES = ("methods", "training", "finetuning", "fewshot", "shift", "sklearn")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES
@@ -18,7 +18,11 @@ CALLABLES = [
     parameter for parameter in PUBLIC if inspect.isclass(parameter.values[0]) or inspect.isfunction(parameter.values[0])
 ]
 # What a method's example shows, or what comes out of a function whose example shows it.
-RESULTS = {"Passed", "Layer", "Evaluation", "Fit", "Episode", "EpisodeAccuracy"}
+RESULTS = {
+    *("Passed", "Layer", "Evaluation", "Fit", "Episode", "EpisodeAccuracy"),
+    *("MMD", "CORALDistance", "ConceptDrift", "Confidence", "FeatureTests", "LabelShift", "ProxyADistance"),
+    *("Recommendation", "Scenario", "ShiftReport", "Step", "Test"),
+}
 WITHOUT_EXAMPLE = {"Term", "CORALTerm", "DomainAdversarialTerm", "predict", *RESULTS}
 
 
