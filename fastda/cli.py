@@ -44,6 +44,11 @@ COMMANDS = {
         summary="show versions, the compiled core, and which backend serves which op, and why",
         example="fastda doctor",
     ),
+    "patch": Command(
+        module="fastda.patching.command",
+        summary="run a program that uses another library, such as easyfsl, on fastda's ops",
+        example="fastda patch -- python train.py",
+    ),
     "sinusoid": Command(
         module="fastda.fewshot.sinusoid_command",
         summary="learn to learn sine curves with MAML: the paper's experiment, with a figure of the fits",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from .. import ops
-from .replacement import Replacement, features, labels as are_labels
+from .replacement import Replacement, features
+from .replacement import labels as are_labels
 
 KNOWN = "0.2.0"
 

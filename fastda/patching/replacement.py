@@ -80,8 +80,8 @@ def find(replacement: Replacement) -> Found | str | None:
         return replacement.function(original, *args, **kwargs)
 
     difference = _difference(replacement, original, successor)
-    return f"{path} {difference}" if difference else Found(
-        replacement, owner, attribute, is_static, original, successor
+    return (
+        f"{path} {difference}" if difference else Found(replacement, owner, attribute, is_static, original, successor)
     )
 
 

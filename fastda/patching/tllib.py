@@ -133,9 +133,7 @@ def _probe_coral(function, normal):
 
 
 REPLACEMENTS = (
-    Replacement(
-        "tllib.modules.grl", "GradientReverseLayer.forward", "gradient_reversal", reversal, _probe_reversal
-    ),
+    Replacement("tllib.modules.grl", "GradientReverseLayer.forward", "gradient_reversal", reversal, _probe_reversal),
     Replacement(
         "tllib.modules.grl", "WarmStartGradientReverseLayer.forward", "gradient_reversal", warm_start, _probe_warm_start
     ),
