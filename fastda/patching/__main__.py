@@ -1,4 +1,4 @@
-"""`python -m fastda.patching [LIBRARY ...] -- PROGRAM`: what `fastda patch` starts. Runs the program in this process."""
+"""`python -m fastda.patching [LIBRARY ...] -- PROGRAM`: what `fastda patch` starts, and runs the program in."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")  # options of Python whose 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "fastda patch [LIBRARY ...] -- python [OPTION ...] (SCRIPT | -m MODULE | -c CODE) [ARGUMENT ...]"
     parser.description = (
-        "Run a Python program that uses another library, whose functions fastda computes: fastda.patch, without an edit.\n"
+        "Run a Python program that uses another library, and let fastda compute what that library computes.\n"
         f"LIBRARY: {', '.join(LIBRARIES)}; by default all of them.\n"
-        "Each is patched when the program imports it; standard error says what was replaced. One that is named and is not\n"
-        "as expected stops the program with the reason, of the others a warning says so, and they stay as they are.\n"
-        "The program runs in the interpreter that is named, in which fastda has to be installed. Interpreters that it\n"
-        "starts in turn are not patched: give the launcher fastda's command, as in the last example."
+        "Each is patched when the program imports it; standard error says what was replaced. One that is named and\n"
+        "is not as expected stops the program with the reason; of the others a message says so, and they stay as\n"
+        "they are. The program runs in the interpreter that is named, in which fastda has to be installed. Those\n"
+        "that it starts in turn are not patched: give the launcher fastda's command, as in the last example."
     )
     parser.epilog = (
         "examples:\n  fastda patch -- python train.py\n"

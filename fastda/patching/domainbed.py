@@ -1,7 +1,7 @@
 """DomainBed: CORAL, which is its MMD with the kernel "mean_cov".
 
-Left alone: the Gaussian kernel, for which there is no op; DANN, whose gradient penalty differentiates through the user's
-discriminator.
+Left alone: the Gaussian kernel, for which there is no op; DANN, whose gradient penalty differentiates through the
+user's discriminator.
 """
 
 from __future__ import annotations

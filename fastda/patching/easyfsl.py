@@ -30,7 +30,7 @@ def compute_prototypes(original, support_features, support_labels):
 
 
 def l2_distance_to_prototypes(original, self, samples):
-    """Scores are −‖q − p‖, not squared. PyTorch's cdist, used here before, has no second derivative for small episodes."""
+    """Scores are −‖q − p‖, not squared. The library's cdist has no second derivative for small episodes."""
     if not features(samples, self.prototypes):
         return original(self, samples)
     return -ops.pairwise_distance(samples, self.prototypes, metric="euclidean")

@@ -12,7 +12,7 @@ from .libraries import replacements_of
 def when_imported(libraries: Sequence[str], patch: Callable[[str], None]) -> None:
     """Call `patch` with the name of each library, once, when a program has imported modules that it concerns.
 
-    That is when the outermost import of the library ends, and before the program goes on: nothing is half imported then.
+    That is when the outermost import of the library ends, before the program goes on: nothing is half imported then.
     """
     sys.meta_path.insert(0, _Watch(libraries, patch))
 

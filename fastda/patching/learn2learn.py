@@ -1,7 +1,7 @@
 """learn2learn: class means and squared distances of its prototypical classifier.
 
-Left alone: `cosine_distance`, one matrix product; `MAML` and `maml_update`, which adapt one task at a time in the user's
-own loop, where all tasks at once (`fastda.fewshot.MAML`) need another loop.
+Left alone: `cosine_distance`, one matrix product; `MAML` and `maml_update`, which adapt one task at a time in the
+user's own loop, where all tasks at once (`fastda.fewshot.MAML`) need another loop.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def gradient_reversal(original, self, x):
     """λ is the buffer `weight` as it stands when forward runs (the library reads it when backward does)."""
     if not (isinstance(x, torch.Tensor) and features(x, dims=x.dim())):
         return original(self, x)
-    return ops.gradient_reversal(x, self.weight.to(x.device))
+    weight = self.weight if self.weight.is_floating_point() else self.weight.float()  # GradientReversal(1) has integers
+    return ops.gradient_reversal(x, weight.to(x.device))
 
 
 def _probe_covariance(function, normal):
@@ -42,7 +43,8 @@ def _probe_coral(function, normal):
 
 
 def _probe_reversal(function, normal):
-    yield function(SimpleNamespace(weight=torch.tensor([0.3])), normal(5, 3))
+    for weight in (torch.tensor([0.3]), torch.tensor([2])):
+        yield function(SimpleNamespace(weight=weight), normal(5, 3))
 
 
 REPLACEMENTS = (

@@ -59,7 +59,7 @@ class Found:
 
 
 def find(replacement: Replacement) -> Found | str | None:
-    """The function in the library; a sentence where it is not as expected; None where this version has no need of it."""
+    """The function in the library; how it differs, where it is not as expected; None where this version has none."""
     path, (*holder, attribute) = replacement.path, replacement.name.split(".")
     try:
         owner = importlib.import_module(replacement.module)

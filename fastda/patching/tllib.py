@@ -45,7 +45,7 @@ def warm_start(original, self, input):
 
 
 def domain_adversarial(original, self, f_s, f_t, w_s=None, w_t=None):
-    """½ (source + target), source is 1; weighted losses are divided by the number of samples, not by the sum of weights.
+    """½ (source + target), source is 1; weighted losses are divided by the number of samples, not by their weight.
 
     The discriminator's sigmoid is taken off, and the loss taken from its logits.
     """

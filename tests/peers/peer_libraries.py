@@ -1,4 +1,4 @@
-"""The libraries that fastda patches: those that are installed, and stand-ins of the same names and formulas for the others."""
+"""The libraries that fastda patches: those that are installed, and stand-ins of their names and formulas for others."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ used: dict[str, str] = {}
 """What the tests called under each name: a version, or a stand-in and why."""
 
 
+def is_installed(library: str) -> bool:
+    """The library itself; a stand-in may be found where another one is imported."""
+    spec = find_spec(library)
+    return spec is not None and STAND_INS not in Path(spec.origin or "").parents
+
+
 @contextmanager
 def imported(library: str) -> Iterator[None]:
     """Within the block the library can be imported. Afterwards it is unpatched, and a stand-in is gone."""
-    installed = find_spec(library) is not None
+    installed = is_installed(library)
     sys.path.append(str(STAND_INS))  # last: what is installed comes first
     try:
         import_peer(MODULES[library])

@@ -266,6 +266,13 @@ CASES = [
     ),
     Case("pytorch_adapt", "gradient reversal", pytorch_adapt_reversal, reversal(0.25), ((3, 4),)),
     Case(
+        "pytorch_adapt",
+        "gradient reversal, weight an integer",
+        lambda x: of("pytorch_adapt.layers.gradient_reversal", "GradientReversal")(2)(x),
+        reversal(2),
+        ((3, 4),),
+    ),
+    Case(
         "tllib",
         "gradient reversal",
         lambda x: of("tllib.modules.grl", "GradientReverseLayer")()(x),
@@ -332,7 +339,7 @@ def test_value_and_gradients_are_those_of_the_librarys_formula(case, importing):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_formula_is_the_librarys(case, importing):
-    """So that the test above holds the patch to what the library computes without it. TLlib's loss knows float32 alone."""
+    """So the test above holds the patch to what the library computes without it. TLlib's loss knows float32 alone."""
     importing(case.library)
     if case.broken:
         with pytest.raises(case.broken):
