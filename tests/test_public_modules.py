@@ -1,4 +1,4 @@
-"""What methods, training, finetuning and fewshot offer: documented, with examples that run."""
+"""What methods, training, finetuning, fewshot and patching offer: documented, with examples that run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("methods", "training", "finetuning", "fewshot")
+MODULES = ("methods", "training", "finetuning", "fewshot", "patching")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES
