@@ -33,6 +33,11 @@ class Command:
 
 
 COMMANDS = {
+    "bench": Command(
+        module="fastda.benchmarks.command",
+        summary="measure the ops on this machine against plain and hand-written PyTorch, in under a minute",
+        example="fastda bench",
+    ),
     "demo": Command(
         module="fastda.demo.command",
         summary="adapt a digit classifier to photographs without labels, and show what that recovers",
