@@ -29,7 +29,13 @@ if [ "${1:-}" = --short ]; then
     tests=("$root"/tests/test_{contract,registered_ops,coral,covariance,domain_loss,prototypes}.py)
     export HYPOTHESIS_PROFILE=sanitize
 fi
-[ $# -gt 0 ] && tests=("$@")
+if [ $# -gt 0 ]; then
+    tests=()
+    for word in "$@"; do
+        [ -e "${word%%::*}" ] && word=$(realpath "${word%%::*}")${word#"${word%%::*}"}
+        tests+=("$word")
+    done
+fi
 
 # What PyTorch and Python keep until the end is no leak of ours. The compiler that torch.compile starts must not inherit
 # the sanitizer, so what needs it is left out: such tests call the kernels as the others do.
