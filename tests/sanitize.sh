@@ -44,6 +44,6 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=hal
 export PYTHONPATH="$package" OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 cd "$work"
 cp -r "$root/pyproject.toml" .
-"$python" -P -m pytest -c pyproject.toml --rootdir "$root" -p no:cacheprovider -q \
+"$python" -m pytest -c pyproject.toml --rootdir "$root" -p no:cacheprovider -q \
     -o pythonpath="$root/tests $root/tests/peers $root/tests/triton" \
     -k "not compile and not export and not install" "${tests[@]}"

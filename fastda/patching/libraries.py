@@ -158,7 +158,9 @@ def _replace(found: list[Found]) -> tuple[Replaced, ...]:
         setattr(one.owner, one.attribute, one.as_attribute(one.successor))
     names = _exchange([(one.original, one.successor) for one in found], _classes(found))
     return tuple(
-        Replaced(one.replacement.path, one.replacement.op, tuple(n for n in held if n != one.replacement.path))
+        Replaced(
+            one.replacement.path, one.replacement.op, tuple(x for x in dict.fromkeys(held) if x != one.replacement.path)
+        )
         for one, held in zip(found, names)
     )
 

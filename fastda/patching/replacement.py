@@ -6,11 +6,13 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..backend import requested, use_backend
 from ..reference.checks import FLOATING, INTEGER
 
 Normal = Callable[..., Tensor]
@@ -61,15 +63,19 @@ class Found:
 def find(replacement: Replacement) -> Found | str | None:
     """The function in the library; how it differs, where it is not as expected; None where this version has none."""
     path, (*holder, attribute) = replacement.path, replacement.name.split(".")
+    absent = None if replacement.since else f"{path} is absent"
     try:
         owner = importlib.import_module(replacement.module)
+    except ModuleNotFoundError as error:
+        if not replacement.module.startswith(error.name or "-"):
+            raise  # something that the library needs is not installed
+        return absent
+    try:
         for name in holder:
             owner = getattr(owner, name)
         held = inspect.getattr_static(owner, attribute)
-    except (AttributeError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and not replacement.module.startswith(error.name or "-"):
-            raise  # something that the library needs is not installed
-        return None if replacement.since else f"{path} is absent"
+    except AttributeError:
+        return absent
     is_static = isinstance(held, staticmethod)
     original = held.__func__ if is_static else held
     if not callable(original):
@@ -124,7 +130,9 @@ def _outcome(replacement: Replacement, function: Callable) -> list[Tensor]:
         return leaves[-1]
 
     # Whatever the program has set. The function's own random numbers, if any, are not the program's.
+    on_cpu = use_backend("auto") if requested() in ("cuda", "triton") else nullcontext()
     with (
+        on_cpu,
         torch.random.fork_rng(devices=[]),
         torch.device("cpu"),
         torch.inference_mode(False),
