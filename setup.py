@@ -21,6 +21,11 @@ OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
 # Nobody asks the kernels for errno or for floating-point exceptions; NaN and Inf stay what they are.
 VECTORISED = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 OPTIONS = ["/O2"] if sys.platform == "win32" else [*VECTORISED, "-g0", "-Wall", "-fvisibility=hidden"]
+LINKED = [] if sys.platform == "win32" else OPENMP
+if os.environ.get("FASTDA_SANITIZE") == "1":  # tests/sanitize.sh; vptr would need the type information of PyTorch
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    OPTIONS = [*OPTIONS, "-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
+    LINKED = [*LINKED, *SANITIZERS]
 
 
 # Where no architectures are chosen and none can be asked for: those that most machines have, and code for newer ones.
@@ -92,7 +97,7 @@ def compiled_core() -> dict:
             *([] if no_cuda else [("FASTDA_WITH_CUDA", None)]),
         ],
         extra_compile_args={"cxx": [*OPTIONS, *OPENMP], "nvcc": ["-O3"]},
-        extra_link_args=[] if sys.platform == "win32" else OPENMP,
+        extra_link_args=LINKED,
     )
     return {"ext_modules": [core], "cmdclass": {"build_ext": BuildWithStamp}}
 

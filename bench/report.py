@@ -1,8 +1,8 @@
 """From records to tables and plots: `python bench/report.py [RECORD.json ...] --output FOLDER`.
 
 Writes, for each record, `<record>.md` (every side, misses marked), `<record>-summary.md` (the README's short table)
-and the plots `<record>-<topic>-time.png`, `<record>-<topic>-memory.png`, `<record>-<sweep>.png` and
-`<record>-ratios.png`.
+and the plots `<record>-<topic>-time.png`, `<record>-<topic>-memory.png`, `<record>-<sweep>.png`,
+`<record>-ratios.png` and `<record>-limits.png`.
 """
 
 from __future__ import annotations
@@ -145,6 +145,27 @@ def plot_ratios(cases: Sequence[dict], path: Path) -> bool:
     return True
 
 
+def plot_limits(cases: Sequence[dict], path: Path) -> bool:
+    """The share of the machine's limit that fastda reaches, a bar a case."""
+    rows = [case for case in cases if "share_of_limit" in case]
+    if not rows:
+        return False
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
+    shares = [100 * case["share_of_limit"] for case in reversed(rows)]
+    axes.barh(range(len(rows)), shares, color=REACHED, height=0.7)
+    for place, share in enumerate(shares):
+        axes.annotate(f" {share:.0f} %", (share, place), va="center", fontsize="x-small")
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [case["name"] for case in reversed(rows)], fontsize="x-small")
+    axes.set(
+        xlim=(0, max(*shares, 100) * 1.08),
+        xlabel="share of what the machine's matrix product and copy allow, % (beyond 100: it fits into caches)",
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
 def report(path: Path, folder: Path) -> list[Path]:
     """Write everything about one record; the files."""
     record = records.read(path)
@@ -163,9 +184,10 @@ def report(path: Path, folder: Path) -> list[Path]:
         plot = folder / f"{path.stem}-{machine.slug(sweep['name'])}.png"
         if plot_sweep(sweep, plot):
             written.append(plot)
-    bars = folder / f"{path.stem}-ratios.png"
-    if plot_ratios(cases, bars):
-        written.append(bars)
+    for name, plot_bars in (("ratios", plot_ratios), ("limits", plot_limits)):
+        bars = folder / f"{path.stem}-{name}.png"
+        if plot_bars(cases, bars):
+            written.append(bars)
     return written
 
 

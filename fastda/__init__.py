@@ -23,6 +23,7 @@ from .ops import (
     prototype_softmax,
     prototypical_loss,
 )
+from .patching import patch, unpatch
 from .version import __version__
 
 __all__ = [
@@ -39,12 +40,14 @@ __all__ = [
     "nearest_prototype",
     "nn",
     "pairwise_distance",
+    "patch",
     "prototype_cross_entropy",
     "prototype_log_softmax",
     "prototype_softmax",
     "prototypical_loss",
     "recommend",
     "schedules",
+    "unpatch",
     "use_backend",
 ]
 

@@ -33,6 +33,11 @@ class Command:
 
 
 COMMANDS = {
+    "bench": Command(
+        module="fastda.benchmarks.command",
+        summary="measure the ops on this machine against plain and hand-written PyTorch, in under a minute",
+        example="fastda bench",
+    ),
     "demo": Command(
         module="fastda.demo.command",
         summary="adapt a digit classifier to photographs without labels, and show what that recovers",
@@ -43,6 +48,11 @@ COMMANDS = {
         module="fastda.doctor",
         summary="show versions, the compiled core, and which backend serves which op, and why",
         example="fastda doctor",
+    ),
+    "patch": Command(
+        module="fastda.patching.command",
+        summary="run a program that uses another library, such as easyfsl, on fastda's ops",
+        example="fastda patch -- python train.py",
     ),
     "sinusoid": Command(
         module="fastda.fewshot.sinusoid_command",

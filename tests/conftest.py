@@ -1,4 +1,4 @@
-"""Hypothesis profiles (`HYPOTHESIS_PROFILE=dev|ci|soak`) and fixtures."""
+"""Hypothesis profiles (`HYPOTHESIS_PROFILE=dev|ci|sanitize|soak`) and fixtures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=25, **COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
+settings.register_profile("sanitize", max_examples=5, derandomize=True, **COMMON)
 settings.register_profile("soak", max_examples=10_000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastda import reference
-from fastda.benchmarks import baselines, peers, tables
+from fastda import cli, reference
+from fastda.benchmarks import baselines, command, peers, tables
 from fastda.benchmarks import record as records
 from fastda.benchmarks.__main__ import main, progress_lines
 from fastda.benchmarks.baselines import Absent, Side, make_side, side_names
@@ -477,8 +477,8 @@ def test_the_report_makes_tables_and_plots(tmp_path):
         [sys.executable, BENCH / "report.py", path, "--output", output], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    plots = ("-coral-time.png", "-coral-memory.png", "-coral-sweep-32-samples-a-domain.png", "-ratios.png")
-    ends = (".md", "-summary.md", *plots)
+    plots = ("-coral-time", "-coral-memory", "-coral-sweep-32-samples-a-domain", "-ratios", "-limits")
+    ends = (".md", "-summary.md", *(f"{plot}.png" for plot in plots))
     names = {f"{path.stem}{end}" for end in ends}
     assert {file.name for file in output.iterdir()} == names
     assert {Path(line).name for line in done.stdout.splitlines()} == names
@@ -509,6 +509,33 @@ def test_a_wrong_command_line_says_so(tmp_path, capsys):
     assert main(["--cases", "corral", "--output", str(tmp_path)]) == 2
     assert "expected a topic" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fastda_bench_prints_the_short_table_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "short", lambda device: [TINY])
+    assert cli.main(["bench", "--device", "cpu", "--budget", "0.01", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"| {TINY.name} | " in out and "| against best |" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_short_cases_of_fastda_bench_exist():
+    assert [case.name for case in command.short("cpu")] == list(command.SHORT)
+    assert command.short("cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--budget", "0"], "budget: expected seconds above 0, got 0.0"),
+        (["--cases", "corral"], "cases: expected a topic"),
+    ],
+)
+def test_a_wrong_command_line_of_fastda_bench(words, message, capsys):
+    assert cli.main(["bench", "--device", "cpu", *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_peers_script_is_valid_and_installs_what_a_record_names():

@@ -1,4 +1,4 @@
-"""What methods, training, finetuning, fewshot, shift and sklearn offer: documented, with examples that run."""
+"""What the public modules beside the ops offer: documented, with examples that run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("methods", "training", "finetuning", "fewshot", "shift", "sklearn")
+MODULES = ("methods", "training", "finetuning", "fewshot", "shift", "sklearn", "patching")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES

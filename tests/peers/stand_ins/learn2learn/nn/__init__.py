@@ -1,0 +1,3 @@
+from .protonet import PrototypicalClassifier
+
+__all__ = ["PrototypicalClassifier"]

@@ -1,0 +1,3 @@
+from .prototype import get_prototypes, prototypical_loss
+
+__all__ = ["get_prototypes", "prototypical_loss"]
