@@ -38,7 +38,14 @@ PROTOTYPES = (
 KERNELS = {
     "cpp": (*ADVERSARIAL, "coral_loss", "covariance", "deep_coral_loss", *PROTOTYPES),
     "cuda": ADVERSARIAL,
-    "triton": ("coral_loss", "covariance", "deep_coral_loss"),
+    "triton": (
+        "class_means",
+        "coral_loss",
+        "covariance",
+        "deep_coral_loss",
+        "prototype_cross_entropy",
+        "prototypical_loss",
+    ),
 }
 """Ops with a kernel of their own, by backend; every other op is the reference re-exported, under every setting."""
 

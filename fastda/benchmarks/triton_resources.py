@@ -25,7 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels.triton import coral, covariance, problem
+from ..kernels.triton import coral, covariance, problem, prototype_classes, prototypes
+from ..kernels.triton.problem import accumulator
+from ..reference.prototypes import METRICS
 from .cases import CPU_CASES, GPU_CASES, Case
 from .record import write
 
@@ -86,6 +88,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
@@ -129,11 +132,39 @@ def launches(call: Callable, *arguments: object) -> list[Launch]:
 
 
 SERVED = {
-    "coral_loss": (coral.coral_loss, coral.coral_loss_backward),
-    "covariance": (covariance.covariance, covariance.covariance_backward),
+    "class_means": prototype_classes,
+    "coral_loss": coral,
+    "covariance": covariance,
+    "prototype_cross_entropy": prototypes,
+    "prototypical_loss": prototype_classes,
 }
-CONSTANTS = {"coral_loss": (1, "paper"), "covariance": (1,)}
+"""Ops with Triton kernels, and the module that launches them."""
+
 LAYERS = "deep coral, layers of 256, 512 and 64 features"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an op of torch.ops.fastda: its tensors, of which the first `differentiable` get gradients, its constants,
+    and how many of its results are values."""
+
+    op: str
+    tensors: tuple[torch.Tensor, ...]
+    constants: tuple[object, ...]
+    differentiable: int
+    values: int = 1
+
+    def launches(self) -> list[Launch]:
+        """Forward and backward, with gradients for all inputs."""
+        module = SERVED.get(self.op, coral)
+        forward, backward = getattr(module, self.op), getattr(module, f"{self.op}_backward")
+        results = forward(*self.tensors, *self.constants)
+        grads, saved = results[: self.values], results[self.values :]
+        needs = (True,) * self.differentiable
+        return [
+            *launches(forward, *self.tensors, *self.constants),
+            *launches(backward, *grads, *self.tensors, *saved, *self.constants, *needs),
+        ]
 
 
 def served_cases() -> dict[str, Case | None]:
@@ -142,22 +173,37 @@ def served_cases() -> dict[str, Case | None]:
 
 
 def launches_of(case: Case | None) -> list[Launch]:
-    """Forward and backward, with gradients for all inputs."""
+    """Of the calls of a case, those of prototypes with each metric."""
+    return [launch for call in calls_of(case) for launch in call.launches()]
+
+
+def calls_of(case: Case | None) -> list[Call]:
     if case is None:
         num_samples, num_features = [64] * 3, [256, 512, 64]
         domain = torch.empty(sum(64 * d for d in num_features), device="meta")
-        tensors, constants = (domain, domain), (num_samples, num_samples, num_features, [1.0] * 3, 1, "paper")
-        forward, backward = coral.coral_layers, coral.coral_layers_backward
-    else:
-        tensors = case.make(case.sizes, lambda *shape: torch.empty(shape, dtype=case.dtype, device="meta"), None)
-        constants, (forward, backward) = CONSTANTS[case.op], SERVED[case.op]
-    results = forward(*tensors, *constants)
-    values = 1 if case is not None and case.op == "covariance" else 2
-    grads, saved = results[:values], results[values:]
-    return [
-        *launches(forward, *tensors, *constants),
-        *launches(backward, *grads, *tensors, *saved, *constants, *(True for _ in tensors)),
-    ]
+        constants = (num_samples, num_samples, num_features, [1.0] * 3, 1, "paper")
+        return [Call("coral_layers", (domain, domain), constants, 2, values=2)]
+    inputs = case.make(
+        case.sizes,
+        lambda *shape: torch.empty(shape, dtype=case.dtype, device="meta"),
+        lambda num_classes, *shape: torch.empty(shape, dtype=torch.int64, device="meta"),
+    )
+    if case.op == "coral_loss":
+        return [Call(case.op, inputs, (1, "paper"), 2, values=2)]
+    if case.op == "covariance":
+        return [Call(case.op, inputs, (1,), 1)]
+    if case.op == "class_means":
+        *tensors, num_classes = inputs
+        return [Call(case.op, tuple(tensors), (num_classes, "nan"), 1)]
+    if case.op == "prototype_cross_entropy":
+        queries, classes, targets = inputs
+        temperature = torch.empty(queries.shape[:-2], dtype=accumulator(case.dtype), device="meta")
+        tensors = queries, classes, temperature, targets
+        return [Call(case.op, tensors, (-100, 0.1, metric, "mean"), 3) for metric in METRICS]
+    support, support_labels, queries, query_labels, num_classes = inputs
+    temperature = torch.empty(queries.shape[:-2], dtype=accumulator(case.dtype), device="meta")
+    tensors = support, queries, temperature, support_labels, query_labels
+    return [Call(case.op, tensors, (num_classes, metric, "mean"), 3) for metric in METRICS]
 
 
 def _described(kernel, programs: int, arguments: tuple, constants: dict[str, object]) -> Launch:

@@ -9,7 +9,14 @@ from collections.abc import Callable
 
 import torch
 
-TOPICS = {"coral_layers": "coral", "coral_loss": "coral", "covariance": "covariance"}
+TOPICS = {
+    "class_means": "prototype_classes",
+    "coral_layers": "coral",
+    "coral_loss": "coral",
+    "covariance": "covariance",
+    "prototype_cross_entropy": "prototypes",
+    "prototypical_loss": "prototype_classes",
+}
 """Ops with Triton kernels, forward and backward, and the module of fastda.kernels.triton that launches them."""
 
 

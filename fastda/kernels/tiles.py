@@ -104,3 +104,63 @@ def chunk(length: int, tiles: int, depth: int, half: bool, device: torch.device)
     most = max(1, min(MOST_CHUNKS, -(-length // depth)))
     parts = min(range(1, most + 1), key=lambda n: -(-tiles * n // slots) / n + traffic * n)
     return -(-(-(-length // parts)) // depth) * depth or depth
+
+
+SCANNED_LABELS = 2**22
+"""Labels × classes up to which each class looks for its samples itself: it costs less than sorting the labels."""
+
+
+def class_means() -> Blocks:
+    return Blocks(32, 128, 0, 4, 1)
+
+
+def directions() -> Blocks:
+    return Blocks(4, 256, 0, 4, 1)
+
+
+def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
+    """Queries of a program (rows) against all classes (columns), over so many features at a time."""
+    classes = max(16, 1 << (num_classes - 1).bit_length())
+    depth = 64 if classes <= 64 and dtype != torch.float64 else 32
+    return Blocks(16, classes, depth, 4 if classes <= 64 else 8, 2)
+
+
+def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
+    """Queries (rows) and features (depth) of a program, and all classes (columns)."""
+    classes = max(16, 1 << (num_classes - 1).bit_length())
+    return Blocks(32, classes, 64 if classes <= 64 and dtype != torch.float64 else 32, 4 if classes <= 64 else 8, 2)
+
+
+WEIGHTS = {True: 7 * 2**20, False: 2**22}
+"""Queries × classes whose weights are held at a time in the gradient of a cross-entropy, in half precision or not."""
+
+
+def class_tile(half: bool, dtype: torch.dtype) -> Blocks:
+    """Queries (rows) against classes (columns)."""
+    if half:
+        return Blocks(128, 128, 64, 8, 3)
+    return Blocks(32, 32, 16, 4, 2) if dtype == torch.float64 else Blocks(64, 64, 16, 8, 3)
+
+
+def pull(half: bool, dtype: torch.dtype) -> tuple[Blocks, int]:
+    """Blocks of a gradient, and how many columns a program for prototypes has: their sums are longer."""
+    if half and dtype == torch.bfloat16:
+        return Blocks(128, 128, 64, 8, 3), 64
+    if dtype == torch.float64:
+        return Blocks(32, 32, 16, 4, 2), 32
+    return Blocks(64, 64, 16, 8, 3), 64
+
+
+def statistics() -> Blocks:
+    return Blocks(16, 128, 0, 4, 1)
+
+
+def class_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Into how many chunks the classes of each query are split, so that the programs fill the device twice."""
+    return max(1, min(tiles, 2 * multiprocessors(device) // max(programs, 1)))
+
+
+def weights_width(rows: int, num_classes: int, block: int, half: bool) -> int:
+    """For how many classes weights are held at a time."""
+    most = max(1, WEIGHTS[half] // max(1, rows * block))
+    return min(most, max(1, -(-num_classes // block))) * block

@@ -1,0 +1,141 @@
+"""What the prototype kernels share on the device: loads, distances of a tile, directions of vectors."""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+import triton.language as tl
+
+kernel = functools.partial(
+    triton.jit,
+    do_not_specialize=(
+        "num_samples", "num_queries", "num_classes", "num_features", "num_rows",
+        "support_batch", "support_row", "queries_batch", "queries_row", "exact_batch", "exact_row", "prototypes_batch",
+        "prototypes_row", "grad_batch", "grad_row", "x_batch", "x_row", "chunk", "splits", "partials_size",
+        "first_class", "width", "ignore_index", "parts_of_queries", "parts_of_classes",
+    ),
+)  # fmt: skip
+"""A kernel that is compiled anew for no size and no stride: ALIGN says what helps to know of them."""
+
+
+@triton.jit
+def load_rows(x, row_stride, rows, in_rows, columns, in_columns, DTYPE: tl.constexpr):
+    """x[rows, columns] in DTYPE, 0 where there is none. Columns are next to each other."""
+    offsets = rows[:, None].to(tl.int64) * row_stride + columns[None, :]
+    return tl.load(x + offsets, in_rows[:, None] & in_columns[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def centre_of(p, in_rows):
+    """The mean of each column over the rows that are finite there: (columns,). Distances do not change with it."""
+    finite = in_rows[:, None] & (tl.abs(p) < float("inf"))
+    return tl.sum(tl.where(finite, p, 0.0), 0) / tl.maximum(tl.sum(finite.to(p.dtype), 0), 1.0)
+
+
+@triton.jit
+def differences_squared(
+    q, q_row, rows, in_rows, p, p_row, classes, in_classes, num_features, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Σ(q − p)² of each pair, feature by feature: slow, and exact where the expansion cancels."""
+    total = tl.zeros((rows.shape[0], classes.shape[0]), DTYPE)
+    q += rows.to(tl.int64) * q_row
+    p += classes.to(tl.int64) * p_row
+    for _ in range(0, num_features):
+        a, b = tl.load(q, in_rows, other=0.0).to(DTYPE), tl.load(p, in_classes, other=0.0).to(DTYPE)
+        difference = a[:, None] - b[None, :]
+        total += difference * difference
+        q += 1
+        p += 1
+    return total
+
+
+@triton.jit
+def weights_of(of_logit, distance, temperature, METRIC: tl.constexpr):
+    """What a query's difference q − p (cosine: the prototype's direction) is multiplied by in the gradient."""
+    if METRIC == "sqeuclidean":
+        return -2.0 * of_logit / temperature
+    elif METRIC == "cosine":
+        return of_logit / temperature
+    else:
+        at_zero = distance == 0.0
+        return tl.where(at_zero, 0.0, -of_logit / temperature / tl.where(at_zero, 1.0, distance))
+
+
+@kernel
+def directions_kernel(
+    x,  # (batch, rows, D)
+    directions,  # (batch, rows, D): written
+    lengths,  # (batch, rows): written
+    x_batch,
+    x_row,
+    num_rows,
+    num_features,
+    ACCUMULATOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """x/‖x‖ and ‖x‖; 0 for the zero vector. Divided by the largest component first, which neither overflows nor
+    underflows when squared."""
+    blocks = (num_rows + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    batch = (program // blocks).to(tl.int64)
+    rows = program % blocks * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < num_rows
+    x += batch * x_batch
+    largest = tl.zeros((ROWS,), ACCUMULATOR)
+    for first in range(0, num_features, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        values = load_rows(x, x_row, rows, in_rows, columns, columns < num_features, ACCUMULATOR)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
+    divisor = tl.where(largest == 0.0, 1.0, largest)
+    squares = tl.zeros((ROWS,), ACCUMULATOR)
+    for first in range(0, num_features, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        values = load_rows(x, x_row, rows, in_rows, columns, columns < num_features, ACCUMULATOR) / divisor[:, None]
+        squares += tl.sum(values * values, 1)
+    length = tl.sqrt(squares)
+    place = batch * num_rows + rows
+    tl.store(lengths + place, length * divisor, in_rows)
+    length = tl.where(length == 0.0, 1.0, length)
+    for first in range(0, num_features, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        in_columns = columns < num_features
+        values = load_rows(x, x_row, rows, in_rows, columns, in_columns, ACCUMULATOR)
+        result = values / divisor[:, None] / length[:, None]
+        out = directions + place[:, None] * num_features + columns[None, :]
+        tl.store(out, result, in_rows[:, None] & in_columns[None, :])
+
+
+@kernel
+def through_directions_kernel(
+    grads,  # (rows, D): of directions
+    directions,  # (rows, D)
+    lengths,  # (rows,)
+    out,  # (rows, D)
+    num_rows,
+    num_features,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradient through x/‖x‖: (g − (g·y) y)/‖x‖, 0 at the zero vector and for an empty class (all of y is NaN)."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < num_rows
+    along = tl.zeros((ROWS,), lengths.dtype.element_ty)
+    absent = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, num_features, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        mask = in_rows[:, None] & (columns < num_features)[None, :]
+        offsets = rows[:, None] * num_features + columns[None, :]
+        y = tl.load(directions + offsets, mask, other=0.0)
+        along += tl.sum(tl.load(grads + offsets, mask, other=0.0) * y, 1)
+        absent += tl.sum((y != y).to(tl.int32), 1)
+    length = tl.load(lengths + rows, in_rows, other=0.0)
+    nothing = (length == 0.0) | (absent == num_features)
+    for first in range(0, num_features, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        mask = in_rows[:, None] & (columns < num_features)[None, :]
+        offsets = rows[:, None] * num_features + columns[None, :]
+        y, grad = tl.load(directions + offsets, mask, other=0.0), tl.load(grads + offsets, mask, other=0.0)
+        result = (grad - along[:, None] * y) / tl.where(nothing, 1.0, length)[:, None]
+        tl.store(out + offsets, tl.where(nothing[:, None], 0.0, result).to(out.dtype.element_ty), mask)

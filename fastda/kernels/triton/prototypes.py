@@ -1,0 +1,320 @@
+"""Queries against prototypes on Triton: each function takes and gives what the op of torch.ops.fastda of its name does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from .coral import flatten
+from .many_classes import join_kernel, pull_kernel, statistics_kernel, sweep_kernel, weights_kernel
+from .problem import TRITON_DTYPES, accumulator, ceil_div, launch, operand, precision
+from .prototype_classes import alignment, check_labels, rows_of
+
+CLOSE = {"sqeuclidean": 0.0, "euclidean": 1 / 16, "cosine": 0.0}
+"""Share of ‖q‖² + ‖p‖² below which a squared distance is taken by difference. In a loss of squared distances what counts
+is the absolute error."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Queries and prototypes as the kernels read them, (batch, rows, features), and what is known of each."""
+
+    metric: str
+    queries: Tensor
+    prototypes: Tensor
+    operands: Tensor  # the queries of products: a centred copy where `raw`
+    centre: Tensor
+    of_queries: Tensor
+    of_classes: Tensor
+    raw: bool  # products of half-precision features as such
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of_queries.dtype
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """batch, queries, classes, features"""
+        return len(self.queries), self.queries.shape[1], self.prototypes.shape[1], self.queries.shape[2]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(stride for x in (self.operands, self.queries, self.prototypes) for stride in x.stride()[:2])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.operands, self.queries, self.prototypes, self.centre, self.of_queries, self.of_classes
+
+    @property
+    def blocks(self) -> tiles.Blocks:
+        return tiles.class_tile(self.raw, self.queries.dtype)
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """Of the kernels that take distances."""
+        blocks = self.blocks
+        return {
+            "METRIC": self.metric,
+            "RAW": self.raw,
+            "CLOSE": CLOSE[self.metric],
+            "ACCUMULATOR": TRITON_DTYPES[self.dtype],
+            "OPERAND": operand(self.queries.dtype, self.queries.device),
+            "PRECISION": precision(),
+            "BLOCK": blocks.rows,
+            "CLASSES": blocks.columns,
+            "BLOCK_K": blocks.depth,
+            "ALIGN": alignment(*self.strides),
+            **blocks.options,
+        }
+
+
+def check(queries: Tensor, prototypes: Tensor) -> None:
+    """The public function names what is wrong; this keeps a direct call of the op from reading past the end."""
+    if prototypes.shape[:-2] != queries.shape[:-2] or prototypes.shape[-1] != queries.shape[-1]:
+        expected = f"the batch dimensions and features of queries, {tuple(queries.shape)}"
+        raise ValueError(f"prototypes: expected {expected}, got shape {tuple(prototypes.shape)}; pass matching features")
+    if prototypes.dtype != queries.dtype:
+        raise TypeError(f"prototypes: expected {queries.dtype}, got {prototypes.dtype}; convert it")
+
+
+def prepare(queries: Tensor, prototypes: Tensor, metric: str) -> Points:
+    """The centre and lengths of all rows, in two launches."""
+    check(queries, prototypes)
+    q, p = rows_of(queries), rows_of(prototypes)
+    batch, num_queries, num_features = q.shape
+    num_classes, dtype = p.shape[1], accumulator(q.dtype)
+    raw = q.dtype.itemsize == 2 and batch * num_queries * num_classes * num_features >= tiles.HALF_WORK
+    copied = raw and metric != "cosine"
+    operands = q.new_empty(q.shape) if copied else q
+    centre = q.new_empty(batch, num_features, dtype=dtype)
+    blocks, statistics = tiles.statistics(), []
+    for x, of_prototypes in ((p, True), (q, False)):
+        statistics.append(q.new_empty(x.shape[:2], dtype=dtype))
+        launch(
+            statistics_kernel,
+            batch * ceil_div(x.shape[1], blocks.rows),
+            q.device,
+            x,
+            p,
+            centre,
+            statistics[-1],
+            operands,
+            *x.stride()[:2],
+            *p.stride()[:2],
+            x.shape[1],
+            num_classes,
+            num_features,
+            METRIC=metric,
+            PROTOTYPES=of_prototypes,
+            RAW=copied,
+            ACCUMULATOR=TRITON_DTYPES[dtype],
+            ROWS=blocks.rows,
+            COLUMNS=blocks.columns,
+            **blocks.options,
+        )
+    of_classes, of_queries = statistics
+    return Points(metric, q, p, operands, centre, of_queries, of_classes, raw)
+
+
+def prototype_cross_entropy(
+    queries: Tensor,
+    prototypes: Tensor,
+    temperature: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    metric: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_labels("targets", targets, queries.shape[:-1])
+    points = prepare(queries, prototypes, metric)
+    batch, num_queries, num_classes, num_features = points.sizes
+    blocks, targets = points.blocks, flatten(targets, 1).contiguous()
+    query_blocks, class_tiles = ceil_div(num_queries, blocks.rows), max(1, ceil_div(num_classes, blocks.columns))
+    splits = tiles.class_splits(batch * query_blocks, class_tiles, queries.device)
+    chunk = ceil_div(class_tiles, splits) * blocks.columns
+    partials = points.of_queries.new_empty(4 if label_smoothing else 3, splits, batch, num_queries)
+    launch(
+        sweep_kernel,
+        batch * query_blocks * splits,
+        queries.device,
+        *points.tensors,
+        temperature.contiguous(),
+        targets,
+        partials,
+        *points.strides,
+        num_queries,
+        num_classes,
+        num_features,
+        chunk,
+        splits,
+        splits * batch * num_queries,
+        SMOOTHED=label_smoothing != 0,
+        **points.constants,
+    )
+    losses, largest, log_sum = (points.of_queries.new_empty(batch, num_queries) for _ in range(3))
+    present = num_classes - (points.of_classes < 0).sum(-1)
+    join = tiles.Blocks(128, 1, 0, 4, 1)
+    launch(
+        join_kernel,
+        ceil_div(batch * num_queries, join.rows),
+        queries.device,
+        partials,
+        targets,
+        present,
+        losses,
+        largest,
+        log_sum,
+        batch * num_queries,
+        num_queries,
+        num_classes,
+        splits,
+        ignore_index,
+        SMOOTHING=label_smoothing,
+        ACCUMULATOR=TRITON_DTYPES[points.dtype],
+        ROWS=join.rows,
+        **join.options,
+    )
+    kept = (targets != ignore_index).sum(-1)
+    loss = losses
+    if reduction != "none":
+        loss = losses.sum(-1) / kept if reduction == "mean" else losses.sum(-1)
+    shape = queries.shape[:-1]
+    return (
+        loss.view(shape if reduction == "none" else shape[:-1]),
+        largest.view(shape),
+        log_sum.view(shape),
+        present.view(shape[:-1]),
+        kept.view(shape[:-1]),
+    )
+
+
+def prototype_cross_entropy_backward(
+    grad_loss: Tensor,
+    queries: Tensor,
+    prototypes: Tensor,
+    temperature: Tensor,
+    targets: Tensor,
+    largest: Tensor,
+    log_sum: Tensor,
+    present: Tensor,
+    kept: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    metric: str,
+    reduction: str,
+    need_queries: bool,
+    need_prototypes: bool,
+    need_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of some classes at a time, the distances formed again, then the products of the gradients with them."""
+    check_labels("targets", targets, queries.shape[:-1])
+    points = prepare(queries, prototypes, metric)
+    batch, num_queries, num_classes, num_features = points.sizes
+    blocks, dtype = points.blocks, points.dtype
+    width = tiles.weights_width(batch * num_queries, num_classes, blocks.columns, points.raw)
+    query_blocks, class_blocks = ceil_div(num_queries, blocks.rows), width // blocks.columns
+    like = points.of_queries
+    weights = like.new_empty(
+        batch, num_queries, width, dtype=queries.dtype if points.raw and queries.dtype == torch.bfloat16 else dtype
+    )
+    row_sums, class_sums = like.new_empty(batch, class_blocks, num_queries), like.new_empty(batch, query_blocks, width)
+    slopes = like.new_empty(batch, class_blocks, num_queries) if need_temperature else like
+    grad_queries = queries.new_empty(queries.shape if need_queries else (0,))
+    grad_prototypes = prototypes.new_empty(prototypes.shape if need_prototypes else (0,))
+    chunks = range(0, max(num_classes, 1), width)
+    partial = like.new_empty(batch, num_queries, num_features) if need_queries and len(chunks) > 1 else like
+    each = reduction == "none"
+    grad = flatten(grad_loss, 1 if each else 0)
+    known = [x.contiguous() for x in (temperature, targets, largest, log_sum, present, kept)]
+    for first_class in chunks:
+        launch(
+            weights_kernel,
+            batch * query_blocks * class_blocks,
+            queries.device,
+            grad,
+            *points.tensors,
+            *known,
+            weights,
+            row_sums,
+            class_sums,
+            slopes,
+            grad.stride(0),
+            grad.stride(1) if each else 0,
+            *points.strides,
+            num_queries,
+            num_classes,
+            num_features,
+            first_class,
+            width,
+            ignore_index,
+            MEAN=reduction == "mean",
+            SMOOTHING=label_smoothing,
+            SLOPES=need_temperature,
+            **points.constants,
+        )
+        if need_queries or need_prototypes:
+            pull(
+                points,
+                (weights, row_sums, class_sums),
+                (partial, grad_queries, grad_prototypes),
+                first_class,
+                (need_queries, need_prototypes),
+            )
+    of_temperature = temperature.new_empty(0)
+    if need_temperature:
+        of_temperature = slopes.sum((1, 2)).view(temperature.shape).to(temperature.dtype)
+    return grad_queries, grad_prototypes, of_temperature
+
+
+def pull(
+    points: Points,
+    weighed: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+    first_class: int,
+    needs: tuple[bool, bool],
+) -> None:
+    """Gradients from the weights of the classes from `first_class` on; those of the queries add up."""
+    batch, num_queries, num_classes, num_features = points.sizes
+    weights, row_sums, class_sums = weighed
+    width, features = weights.shape[-1], points.queries.dtype
+    blocks, class_width = tiles.pull(points.raw, features)
+    raw_float16 = points.raw and features == torch.float16
+    of_prototypes = ceil_div(width, blocks.rows) * ceil_div(num_features, class_width)
+    of_queries = ceil_div(num_queries, blocks.rows) * ceil_div(num_features, blocks.columns)
+    launch(
+        pull_kernel,
+        batch * (needs[0] * of_queries + needs[1] * of_prototypes),
+        weights.device,
+        *points.tensors[1:],
+        *weighed,
+        *grads,
+        *points.strides[2:],
+        num_queries,
+        num_classes,
+        num_features,
+        first_class,
+        width,
+        row_sums.shape[1],
+        class_sums.shape[1],
+        METRIC=points.metric,
+        NEED_QUERIES=needs[0],
+        NEED_PROTOTYPES=needs[1],
+        FIRST=first_class == 0,
+        LAST=first_class + width >= num_classes,
+        RAW=points.raw,
+        ACCUMULATOR=TRITON_DTYPES[points.dtype],
+        # float16 has not the range of the weights: its products are taken as tf32.
+        OPERAND=tl.float32 if raw_float16 else operand(features, weights.device),
+        PRECISION="tf32" if raw_float16 and not torch.version.hip else precision(),
+        BLOCK=blocks.rows,
+        WIDTH=blocks.columns,
+        CLASS_WIDTH=class_width,
+        BLOCK_K=blocks.depth,
+        ALIGN=alignment(*points.strides),
+        **blocks.options,
+    )
