@@ -416,6 +416,7 @@ def weighed_sum(
     scales,
     centre,
     count,
+    present,
     columns,
     in_columns,
     CLEAN: tl.constexpr,
@@ -428,7 +429,8 @@ def weighed_sum(
 ):
     """Σ_k w_rk y_k for some rows and columns, y less the centre (cosine: times its scale; where RAW neither centred).
 
-    CLEAN: a y whose scale is negative is an empty class, and is left out."""
+    Of the `count` weights those from `present` on are 0 and have no y. CLEAN: a y whose scale is negative is an empty
+    class, and is left out."""
     result = tl.zeros((rows.shape[0], columns.shape[0]), ACCUMULATOR)
     w = weights + rows[:, None].to(tl.int64) * row_stride
     if METRIC != "cosine" and not RAW:
@@ -437,6 +439,7 @@ def weighed_sum(
         index = k + tl.arange(0, BLOCK_K)
         within = index < count
         a = tl.load(w + index[None, :].to(tl.int64) * step, in_rows[:, None] & within[None, :], other=0.0)
+        within = index < present
         if CLEAN or METRIC == "cosine":
             scale = tl.load(scales + index, within, other=-1.0)
             if CLEAN:
@@ -529,12 +532,12 @@ def pull_kernel(
         if local < of_class:
             column_blocks = (num_features + CLASS_WIDTH - 1) // CLASS_WIDTH
             rows = local // column_blocks * BLOCK + tl.arange(0, BLOCK)
-            in_rows = rows < tl.minimum(width, num_classes - first_class)
+            in_rows = rows < num_classes - first_class  # the weights of others are 0
             columns = local % column_blocks * CLASS_WIDTH + tl.arange(0, CLASS_WIDTH)
             in_columns = columns < num_features
             result = weighed_sum(
-                weights, 1, width, rows, in_rows, queries, queries_row, of_queries, centre, num_queries, columns,
-                in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
+                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries, num_queries,
+                columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip
             parts = class_sums + batch * parts_of_classes * width
             total = sum_of_parts(parts, width, parts_of_classes, rows, in_rows, ACCUMULATOR)
@@ -555,7 +558,7 @@ def pull_kernel(
             columns = (local - of_class) % column_blocks * WIDTH + tl.arange(0, WIDTH)
             in_columns = columns < num_features
             result = weighed_sum(
-                weights, width, 1, rows, in_rows, prototypes, prototypes_row, of_classes, centre,
+                weights, width, 1, rows, in_rows, prototypes, prototypes_row, of_classes, centre, width,
                 tl.minimum(width, num_classes - first_class), columns, in_columns, True, METRIC, RAW, ACCUMULATOR,
                 OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip

@@ -10,13 +10,14 @@ import triton.language as tl
 kernel = functools.partial(
     triton.jit,
     do_not_specialize=(
-        "num_samples", "num_queries", "num_classes", "num_features", "num_rows",
+        "num_samples", "num_queries", "num_classes", "num_rows",
         "support_batch", "support_row", "queries_batch", "queries_row", "exact_batch", "exact_row", "prototypes_batch",
         "prototypes_row", "grad_batch", "grad_row", "x_batch", "x_row", "chunk", "splits", "partials_size",
-        "first_class", "width", "ignore_index", "parts_of_queries", "parts_of_classes",
+        "first_class", "ignore_index", "parts_of_queries", "parts_of_classes",
     ),
 )  # fmt: skip
-"""A kernel that is compiled anew for no size and no stride: ALIGN says what helps to know of them."""
+"""A kernel that is compiled anew for no size and no stride, but for numbers of features that are multiples of 16 or not,
+which decides how wide it reads; ALIGN says the same of the strides."""
 
 
 @triton.jit

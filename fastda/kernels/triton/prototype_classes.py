@@ -226,7 +226,7 @@ def prototypical_loss(
         **blocks.options,
     )
     return (
-        loss.view(*batch, *loss.shape[1:]),
+        loss.view((*batch, *loss.shape[1:])),
         prototypes.view(*batch, num_classes, num_features),
         counts.view(*batch, num_classes),
         weights.view(*batch, num_queries, num_classes),
