@@ -43,7 +43,10 @@ KERNELS = {
         "coral_loss",
         "covariance",
         "deep_coral_loss",
+        "pairwise_distance",
         "prototype_cross_entropy",
+        "prototype_log_softmax",
+        "prototype_softmax",
         "prototypical_loss",
     ),
 }

@@ -14,7 +14,9 @@ TOPICS = {
     "coral_layers": "coral",
     "coral_loss": "coral",
     "covariance": "covariance",
+    "pairwise_distance": "prototypes",
     "prototype_cross_entropy": "prototypes",
+    "prototype_softmax": "prototypes",
     "prototypical_loss": "prototype_classes",
 }
 """Ops with Triton kernels, forward and backward, and the module of fastda.kernels.triton that launches them."""

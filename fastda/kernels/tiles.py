@@ -164,3 +164,7 @@ def weights_width(rows: int, num_classes: int, block: int, half: bool) -> int:
     """For how many classes weights are held at a time."""
     most = max(1, WEIGHTS[half] // max(1, rows * block))
     return min(most, max(1, -(-num_classes // block))) * block
+
+
+def softmax() -> Blocks:
+    return Blocks(4, 512, 0, 4, 1)

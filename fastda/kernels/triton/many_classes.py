@@ -290,7 +290,7 @@ def join_kernel(
 
 @kernel
 def weights_kernel(
-    grad,  # (batch,) or (batch, Q)
+    grad,  # (batch,) or (batch, Q); (batch, Q, C) where MODE is not "cross entropy"
     queries,
     exact_queries,
     prototypes,
@@ -303,6 +303,7 @@ def weights_kernel(
     log_sums,
     present,
     kept,
+    totals,  # (batch, Q), where MODE is a softmax: Σ of ∂L/∂log p, or of p ∂L/∂p
     weights,  # (batch, Q, width)
     row_sums,  # (batch, class blocks, Q)
     class_sums,  # (batch, query blocks, width)
@@ -321,6 +322,7 @@ def weights_kernel(
     first_class,
     width,
     ignore_index,
+    MODE: tl.constexpr,
     METRIC: tl.constexpr,
     MEAN: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -362,20 +364,37 @@ def weights_kernel(
         PRECISION, BLOCK_K,
     )  # fmt: skip
     t = tl.load(temperature + batch)
-    largest = tl.load(largest_logits + place, in_rows, other=0.0)
-    log_sum = tl.load(log_sums + place, in_rows, other=0.0)
-    target = tl.load(targets + place, in_rows, other=0)
-    counted = in_rows & (target != ignore_index) & (target >= 0) & (target < num_classes)
-    g = tl.load(grad + batch * grad_batch + rows * grad_row, counted, other=0.0).to(ACCUMULATOR)
-    if MEAN:
-        g /= tl.load(kept + batch).to(ACCUMULATOR)
-    of_logit = tl.exp((-distance / t - largest[:, None]) - log_sum[:, None])
+    used = there[None, :] & in_rows[:, None]
     number = tl.load(present + batch)
-    if SMOOTHING != 0.0:
-        of_logit -= SMOOTHING / number.to(ACCUMULATOR)
-    of_logit -= tl.where(classes[None, :] == target[:, None], 1.0 - SMOOTHING, 0.0)
-    used = there[None, :] & counted[:, None]
-    of_logit = tl.where(used, of_logit * g[:, None], 0.0)
+    largest = tl.zeros((BLOCK,), ACCUMULATOR)
+    if MODE != "distance":
+        largest = tl.load(largest_logits + place, in_rows, other=0.0)
+        log_sum = tl.load(log_sums + place, in_rows, other=0.0)
+        probability = tl.exp((-distance / t - largest[:, None]) - log_sum[:, None])
+    if MODE == "cross entropy":
+        target = tl.load(targets + place, in_rows, other=0)
+        counted = in_rows & (target != ignore_index) & (target >= 0) & (target < num_classes)
+        used = used & counted[:, None]
+        g = tl.load(grad + batch * grad_batch + rows * grad_row, counted, other=0.0).to(ACCUMULATOR)
+        if MEAN:
+            g /= tl.load(kept + batch).to(ACCUMULATOR)
+        of_logit = probability
+        if SMOOTHING != 0.0:
+            of_logit -= SMOOTHING / number.to(ACCUMULATOR)
+        of_logit -= tl.where(classes[None, :] == target[:, None], 1.0 - SMOOTHING, 0.0)
+        of_logit *= g[:, None]
+    else:
+        incoming = tl.load(grad + place[:, None] * num_classes + classes[None, :], used, other=0.0).to(ACCUMULATOR)
+        if MODE == "distance":
+            of_logit = -incoming
+            t = t * 0.0 + 1.0
+        else:
+            total = tl.load(totals + place, in_rows, other=0.0)
+            if MODE == "log softmax":
+                of_logit = incoming - probability * total[:, None]
+            else:
+                of_logit = probability * (incoming - total[:, None])
+    of_logit = tl.where(used, of_logit, 0.0)
     if SLOPES:
         nearest = tl.where(number == num_classes, -largest * t, 0.0)
         slope = tl.sum(tl.where(used, of_logit * (distance - nearest[:, None]), 0.0), 1) / (t * t)
@@ -393,6 +412,117 @@ def weights_kernel(
     tl.store(out, tl.sum(weight, 1), in_rows)
     out = class_sums + (batch * blocks + block) * width + local
     tl.store(out, tl.sum(weight, 0), local < width)
+
+
+@kernel
+def distances_kernel(
+    queries,
+    exact_queries,
+    prototypes,
+    centre,
+    of_queries,
+    of_classes,
+    temperature,
+    grad,  # (batch, Q, C), where MODE is "totals"
+    largest_logits,  # (batch, Q), likewise
+    log_sums,
+    out,  # (batch, Q, C); (batch, class blocks, Q) where MODE is "totals"
+    queries_batch,
+    queries_row,
+    exact_batch,
+    exact_row,
+    prototypes_batch,
+    prototypes_row,
+    num_queries,
+    num_classes,
+    num_features,
+    MODE: tl.constexpr,
+    METRIC: tl.constexpr,
+    RAW: tl.constexpr,
+    CLOSE: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Distances (NaN to an empty class), logits (−Inf), or the sums of p ∂L/∂p over a block of classes."""
+    program = tl.program_id(0)
+    blocks, class_blocks = (num_queries + BLOCK - 1) // BLOCK, (num_classes + CLASSES - 1) // CLASSES
+    block, class_block = program % blocks, program // blocks % class_blocks
+    batch = (program // blocks // class_blocks).to(tl.int64)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    classes = class_block * CLASSES + tl.arange(0, CLASSES)
+    in_rows, in_classes = rows < num_queries, classes < num_classes
+    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
+    exact_queries += batch * tl.multiple_of(exact_batch.to(tl.int64), ALIGN)
+    prototypes += batch * tl.multiple_of(prototypes_batch.to(tl.int64), ALIGN)
+    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
+    exact_row = tl.multiple_of(exact_row.to(tl.int64), ALIGN)
+    prototypes_row = tl.multiple_of(prototypes_row.to(tl.int64), ALIGN)
+    place = batch * num_queries + rows
+    of_query = tl.load(of_queries + place, in_rows, other=0.0)
+    of_class = tl.load(of_classes + batch * num_classes + classes, in_classes, other=-1.0)
+    there = (of_class < 0.0) == 0
+    distance = distance_tile(
+        queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
+        prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
+    offsets = place[:, None] * num_classes + classes[None, :]
+    mask = in_rows[:, None] & in_classes[None, :]
+    if MODE == "distance":
+        tl.store(out + offsets, tl.where(there[None, :], distance, float("nan")), mask)
+    else:
+        logits = tl.where(there[None, :], -distance / tl.load(temperature + batch), float("-inf"))
+        if MODE == "logits":
+            tl.store(out + offsets, logits, mask)
+        else:
+            largest = tl.load(largest_logits + place, in_rows, other=0.0)
+            log_sum = tl.load(log_sums + place, in_rows, other=0.0)
+            probability = tl.exp((logits - largest[:, None]) - log_sum[:, None])
+            incoming = tl.load(grad + offsets, mask, other=0.0).to(ACCUMULATOR)
+            total = tl.sum(tl.where(mask, incoming * probability, 0.0), 1)
+            tl.store(out + (batch * class_blocks + class_block) * num_queries + rows, total, in_rows)
+
+
+@kernel
+def softmax_kernel(
+    logits,  # (rows, C): replaced by probabilities
+    largest_logits,  # (rows,)
+    log_sums,
+    num_rows,
+    num_classes,
+    LOG: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The softmax of each row, or its logarithm, in place."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = rows < num_rows
+    logits += rows[:, None] * num_classes
+    largest = tl.full((ROWS,), float("-inf"), ACCUMULATOR)
+    total = tl.zeros((ROWS,), ACCUMULATOR)
+    for first in range(0, num_classes, COLUMNS):
+        classes = first + tl.arange(0, COLUMNS)
+        mask = in_rows[:, None] & (classes < num_classes)[None, :]
+        values = tl.load(logits + classes[None, :], mask, other=float("-inf"))
+        more = tl.maximum(largest, tl.max(values, 1))
+        shift = tl.where(more == float("-inf"), 0.0, more)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(values - shift[:, None]), 1)
+        largest = more
+    log_sum = tl.where(tl.abs(largest) == float("inf"), float("nan"), tl.log(total))
+    tl.store(largest_logits + rows, largest, in_rows)
+    tl.store(log_sums + rows, log_sum, in_rows)
+    for first in range(0, num_classes, COLUMNS):
+        classes = first + tl.arange(0, COLUMNS)
+        mask = in_rows[:, None] & (classes < num_classes)[None, :]
+        values = tl.load(logits + classes[None, :], mask, other=0.0)
+        result = (values - largest[:, None]) - log_sum[:, None]
+        tl.store(logits + classes[None, :], result if LOG else tl.exp(result), mask)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -10,13 +11,20 @@ from torch import Tensor
 
 from .. import tiles
 from .coral import flatten
-from .many_classes import join_kernel, pull_kernel, statistics_kernel, sweep_kernel, weights_kernel
+from .many_classes import (
+    distances_kernel,
+    join_kernel,
+    pull_kernel,
+    softmax_kernel,
+    statistics_kernel,
+    sweep_kernel,
+    weights_kernel,
+)
 from .problem import TRITON_DTYPES, accumulator, ceil_div, launch, operand, precision
 from .prototype_classes import alignment, check_labels, rows_of
 
-CLOSE = {"sqeuclidean": 0.0, "euclidean": 1 / 16, "cosine": 0.0}
-"""Share of ‖q‖² + ‖p‖² below which a squared distance is taken by difference. In a loss of squared distances what counts
-is the absolute error."""
+CLOSE = {"sqeuclidean": 1 / 64, "euclidean": 1 / 16, "cosine": 0.0}
+"""Share of ‖q‖² + ‖p‖² below which a squared distance is taken by difference."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Points:
     of_queries: Tensor
     of_classes: Tensor
     raw: bool  # products of half-precision features as such
+    close: float
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +69,7 @@ class Points:
         return {
             "METRIC": self.metric,
             "RAW": self.raw,
-            "CLOSE": CLOSE[self.metric],
+            "CLOSE": self.close,
             "ACCUMULATOR": TRITON_DTYPES[self.dtype],
             "OPERAND": operand(self.queries.dtype, self.queries.device),
             "PRECISION": precision(),
@@ -81,8 +90,9 @@ def check(queries: Tensor, prototypes: Tensor) -> None:
         raise TypeError(f"prototypes: expected {queries.dtype}, got {prototypes.dtype}; convert it")
 
 
-def prepare(queries: Tensor, prototypes: Tensor, metric: str) -> Points:
-    """The centre and lengths of all rows, in two launches."""
+def prepare(queries: Tensor, prototypes: Tensor, metric: str, logits: bool) -> Points:
+    """The centre and lengths of all rows, in two launches. In `logits` of squared distances what counts is the absolute
+    error, and none is taken by difference."""
     check(queries, prototypes)
     q, p = rows_of(queries), rows_of(prototypes)
     batch, num_queries, num_features = q.shape
@@ -117,7 +127,8 @@ def prepare(queries: Tensor, prototypes: Tensor, metric: str) -> Points:
             **blocks.options,
         )
     of_classes, of_queries = statistics
-    return Points(metric, q, p, operands, centre, of_queries, of_classes, raw)
+    close = 0.0 if logits and metric == "sqeuclidean" else CLOSE[metric]
+    return Points(metric, q, p, operands, centre, of_queries, of_classes, raw, close)
 
 
 def prototype_cross_entropy(
@@ -131,7 +142,7 @@ def prototype_cross_entropy(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_labels("targets", targets, queries.shape[:-1])
-    points = prepare(queries, prototypes, metric)
+    points = prepare(queries, prototypes, metric, logits=True)
     batch, num_queries, num_classes, num_features = points.sizes
     blocks, targets = points.blocks, flatten(targets, 1).contiguous()
     query_blocks, class_tiles = ceil_div(num_queries, blocks.rows), max(1, ceil_div(num_classes, blocks.columns))
@@ -211,26 +222,64 @@ def prototype_cross_entropy_backward(
     need_prototypes: bool,
     need_temperature: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of some classes at a time, the distances formed again, then the products of the gradients with them."""
     check_labels("targets", targets, queries.shape[:-1])
-    points = prepare(queries, prototypes, metric)
+    points = prepare(queries, prototypes, metric, logits=True)
+    each = reduction == "none"
+    grad = flatten(grad_loss, 1 if each else 0)
+    return gradients(
+        points,
+        grad,
+        Softmax(temperature, targets, largest, log_sum, present, kept, largest),
+        (queries, prototypes, temperature),
+        (need_queries, need_prototypes, need_temperature),
+        "cross entropy",
+        (grad.stride(0), grad.stride(1) if each else 0),
+        ignore_index,
+        reduction == "mean",
+        label_smoothing,
+    )
+
+
+class Softmax(NamedTuple):
+    """What a gradient reads of a forward pass, by query or by batch element; what it does not need may be anything."""
+
+    temperature: Tensor
+    targets: Tensor
+    largest: Tensor
+    log_sum: Tensor
+    present: Tensor
+    kept: Tensor
+    totals: Tensor
+
+
+def gradients(
+    points: Points,
+    grad: Tensor,
+    known: Softmax,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, bool, bool],
+    mode: str,
+    grad_strides: tuple[int, int] = (0, 0),
+    ignore_index: int = 0,
+    mean: bool = False,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of some classes at a time, the distances formed again, then the products of the gradients with them."""
     batch, num_queries, num_classes, num_features = points.sizes
-    blocks, dtype = points.blocks, points.dtype
+    need_queries, need_prototypes, need_temperature = needs
+    queries, prototypes, temperature = inputs
+    blocks, like = points.blocks, points.of_queries
     width = tiles.weights_width(batch * num_queries, num_classes, blocks.columns, points.raw)
     query_blocks, class_blocks = ceil_div(num_queries, blocks.rows), width // blocks.columns
-    like = points.of_queries
-    weights = like.new_empty(
-        batch, num_queries, width, dtype=queries.dtype if points.raw and queries.dtype == torch.bfloat16 else dtype
-    )
+    weights_dtype = queries.dtype if points.raw and queries.dtype == torch.bfloat16 else points.dtype
+    weights = like.new_empty(batch, num_queries, width, dtype=weights_dtype)
     row_sums, class_sums = like.new_empty(batch, class_blocks, num_queries), like.new_empty(batch, query_blocks, width)
     slopes = like.new_empty(batch, class_blocks, num_queries) if need_temperature else like
     grad_queries = queries.new_empty(queries.shape if need_queries else (0,))
     grad_prototypes = prototypes.new_empty(prototypes.shape if need_prototypes else (0,))
     chunks = range(0, max(num_classes, 1), width)
     partial = like.new_empty(batch, num_queries, num_features) if need_queries and len(chunks) > 1 else like
-    each = reduction == "none"
-    grad = flatten(grad_loss, 1 if each else 0)
-    known = [x.contiguous() for x in (temperature, targets, largest, log_sum, present, kept)]
+    known = [x.contiguous() for x in known]
     for first_class in chunks:
         launch(
             weights_kernel,
@@ -243,8 +292,7 @@ def prototype_cross_entropy_backward(
             row_sums,
             class_sums,
             slopes,
-            grad.stride(0),
-            grad.stride(1) if each else 0,
+            *grad_strides,
             *points.strides,
             num_queries,
             num_classes,
@@ -252,7 +300,8 @@ def prototype_cross_entropy_backward(
             first_class,
             width,
             ignore_index,
-            MEAN=reduction == "mean",
+            MODE=mode,
+            MEAN=mean,
             SMOOTHING=label_smoothing,
             SLOPES=need_temperature,
             **points.constants,
@@ -269,6 +318,106 @@ def prototype_cross_entropy_backward(
     if need_temperature:
         of_temperature = slopes.sum((1, 2)).view(temperature.shape).to(temperature.dtype)
     return grad_queries, grad_prototypes, of_temperature
+
+
+def distances(points: Points, temperature: Tensor, out: Tensor, mode: str, *softmax: Tensor) -> None:
+    """Write distances, logits or sums; softmax: incoming gradient, largest logits and logarithms of sums."""
+    batch, num_queries, num_classes, num_features = points.sizes
+    blocks = points.blocks
+    launch(
+        distances_kernel,
+        batch * ceil_div(num_queries, blocks.rows) * ceil_div(num_classes, blocks.columns),
+        out.device,
+        *points.tensors,
+        temperature,
+        *(softmax or (out, out, out)),
+        out,
+        *points.strides,
+        num_queries,
+        num_classes,
+        num_features,
+        MODE=mode,
+        **points.constants,
+    )
+
+
+def pairwise_distance(queries: Tensor, prototypes: Tensor, metric: str) -> Tensor:
+    points = prepare(queries, prototypes, metric, logits=False)
+    result = points.of_queries.new_empty(*queries.shape[:-1], prototypes.shape[-2])
+    distances(points, result, result, "distance")
+    return result
+
+
+def pairwise_distance_backward(
+    grad_distances: Tensor,
+    queries: Tensor,
+    prototypes: Tensor,
+    metric: str,
+    need_queries: bool,
+    need_prototypes: bool,
+) -> tuple[Tensor, Tensor]:
+    points = prepare(queries, prototypes, metric, logits=False)
+    grad, like = grad_distances.contiguous(), points.of_queries
+    known = Softmax(like, like, like, like, like, like, like)
+    inputs, needs = (queries, prototypes, like), (need_queries, need_prototypes, False)
+    return gradients(points, grad, known, inputs, needs, "distance")[:2]
+
+
+def prototype_softmax(
+    queries: Tensor, prototypes: Tensor, temperature: Tensor, metric: str, log: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    points = prepare(queries, prototypes, metric, logits=True)
+    shape, num_classes = queries.shape[:-1], prototypes.shape[-2]
+    result = points.of_queries.new_empty(*shape, num_classes)
+    largest, log_sum = (points.of_queries.new_empty(shape) for _ in range(2))
+    distances(points, temperature.contiguous(), result, "logits")
+    blocks = tiles.softmax()
+    launch(
+        softmax_kernel,
+        ceil_div(largest.numel(), blocks.rows),
+        result.device,
+        result,
+        largest,
+        log_sum,
+        largest.numel(),
+        num_classes,
+        LOG=log,
+        ACCUMULATOR=TRITON_DTYPES[points.dtype],
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
+        **blocks.options,
+    )
+    return result, largest, log_sum
+
+
+def prototype_softmax_backward(
+    grad_probabilities: Tensor,
+    queries: Tensor,
+    prototypes: Tensor,
+    temperature: Tensor,
+    largest: Tensor,
+    log_sum: Tensor,
+    metric: str,
+    log: bool,
+    need_queries: bool,
+    need_prototypes: bool,
+    need_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    points = prepare(queries, prototypes, metric, logits=True)
+    batch, num_queries, num_classes, _ = points.sizes
+    grad, temperature = grad_probabilities.contiguous(), temperature.contiguous()
+    largest, log_sum = largest.contiguous(), log_sum.contiguous()
+    if log:
+        totals = grad.sum(-1)
+    else:
+        blocks = ceil_div(num_classes, points.blocks.columns)
+        parts = points.of_queries.new_empty(batch, blocks, num_queries)
+        distances(points, temperature, parts, "totals", grad, largest, log_sum)
+        totals = parts.sum(1)
+    present = num_classes - (points.of_classes < 0).sum(-1)
+    known = Softmax(temperature, largest, largest, log_sum, present, largest, totals)
+    inputs, needs = (queries, prototypes, temperature), (need_queries, need_prototypes, need_temperature)
+    return gradients(points, grad, known, inputs, needs, "log softmax" if log else "softmax")
 
 
 def pull(
