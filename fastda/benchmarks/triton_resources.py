@@ -135,7 +135,9 @@ SERVED = {
     "class_means": prototype_classes,
     "coral_loss": coral,
     "covariance": covariance,
+    "pairwise_distance": prototypes,
     "prototype_cross_entropy": prototypes,
+    "prototype_softmax": prototypes,
     "prototypical_loss": prototype_classes,
 }
 """Ops with Triton kernels, and the module that launches them."""
@@ -159,6 +161,7 @@ class Call:
         module = SERVED.get(self.op, coral)
         forward, backward = getattr(module, self.op), getattr(module, f"{self.op}_backward")
         results = forward(*self.tensors, *self.constants)
+        results = results if isinstance(results, tuple) else (results,)
         grads, saved = results[: self.values], results[self.values :]
         needs = (True,) * self.differentiable
         return [
@@ -199,7 +202,12 @@ def calls_of(case: Case | None) -> list[Call]:
         queries, classes, targets = inputs
         temperature = torch.empty(queries.shape[:-2], dtype=accumulator(case.dtype), device="meta")
         tensors = queries, classes, temperature, targets
-        return [Call(case.op, tensors, (-100, 0.1, metric, "mean"), 3) for metric in METRICS]
+        found = [Call(case.op, tensors, (-100, 0.1, metric, "mean"), 3) for metric in METRICS]
+        if case.dtype == torch.float32:  # these hold a matrix of queries × classes
+            found += [Call("pairwise_distance", tensors[:2], (metric,), 2) for metric in METRICS]
+            softmax = ("sqeuclidean", True), ("euclidean", False)
+            found += [Call("prototype_softmax", tensors[:3], constants, 3) for constants in softmax]
+        return found
     support, support_labels, queries, query_labels, num_classes = inputs
     temperature = torch.empty(queries.shape[:-2], dtype=accumulator(case.dtype), device="meta")
     tensors = support, queries, temperature, support_labels, query_labels

@@ -163,11 +163,12 @@ def episode_kernel(
     empty = (absent == num_features) & (num_features > 0)
     if METRIC == "cosine":
         distance = 1.0 - products
-        distance = tl.where(distance < 0.0, 0.0, tl.where(distance > 2.0, 2.0, distance))
+        distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        distance = tl.minimum(distance, 2.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         scale = of_queries[:, None] + of_classes[None, :]
         distance = scale - 2.0 * products
-        distance = tl.where(distance < 0.0, 0.0, distance)
+        distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
         close = in_rows[:, None] & in_classes[None, :] & (distance < CLOSE * scale)
         if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
             exact = differences_squared(

@@ -2,7 +2,7 @@
 
 Where RAW, features in half precision are multiplied as they are, but for the queries, which are a copy less a centre of
 their own dtype: that is exact where it matters, since a feature has a centre only where it is far from 0 against its
-spread. ‖q − p‖² = ‖q′‖² + 2 q′·c − 2 q′·p + ‖p − c‖² with q′ = q − c. Else both are centred in the accumulation dtype.
+spread. Squared distances below the rounding errors of these products are 0. ‖q − p‖² = ‖q′‖² + 2 q′·c − 2 q′·p + ‖p − c‖² with q′ = q − c. Else both are centred in the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -140,14 +140,16 @@ def distance_tile(
     if METRIC == "cosine":
         if RAW:
             products = products * of_queries[:, None] * of_classes[None, :]
-        distance = 1.0 - products
-        return tl.where(distance < 0.0, 0.0, tl.where(distance > 2.0, 2.0, distance))
+        distance = tl.maximum(1.0 - products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(distance, 2.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         scale = of_queries[:, None] + of_classes[None, :]
         distance = scale - 2.0 * products
-        distance = tl.where(distance < 0.0, 0.0, distance)
-        if CLOSE > 0.0:
-            close = in_rows[:, None] & there[None, :] & (distance < CLOSE * tl.abs(scale))
+        distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if CLOSE > 0.0 and RAW:
+            distance = tl.where(distance < CLOSE * tl.abs(scale), 0.0, distance)
+        elif CLOSE > 0.0:
+            close = in_rows[:, None] & there[None, :] & (distance < CLOSE * scale)
             if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
                 exact = differences_squared(
                     exact_queries, exact_row, rows, in_rows, prototypes, prototypes_row, classes, there, num_features,
@@ -157,6 +159,13 @@ def distance_tile(
         if METRIC == "euclidean":
             distance = tl.sqrt(distance)
         return distance
+
+
+@triton.jit
+def class_of(targets, mask, num_classes):
+    """Targets in 32 bits; −1 where there is none in range."""
+    target = tl.load(targets, mask, other=-1)
+    return tl.where((target >= 0) & (target < num_classes), target, -1).to(tl.int32)
 
 
 @kernel
@@ -209,7 +218,7 @@ def sweep_kernel(
     prototypes_row = tl.multiple_of(prototypes_row.to(tl.int64), ALIGN)
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
-    target = tl.load(targets + place, in_rows, other=0)
+    target = class_of(targets + place, in_rows, num_classes)
     t = tl.load(temperature + batch)
     largest = tl.full((BLOCK,), float("-inf"), ACCUMULATOR)
     total, of_target = tl.zeros((BLOCK,), ACCUMULATOR), tl.zeros((BLOCK,), ACCUMULATOR)
@@ -224,13 +233,14 @@ def sweep_kernel(
             exact_row, prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR,
             OPERAND, PRECISION, BLOCK_K,
         )  # fmt: skip
-        logits = tl.where(there[None, :], -distance / t, float("-inf"))
+        logits = distance * (-1.0 / t)
+        if SMOOTHED:
+            logits_sum += tl.sum(tl.where(there[None, :], logits, 0.0), 1)
+        logits = tl.where(there[None, :], logits, float("-inf"))
+        of_target += tl.sum(tl.where(classes[None, :] == target[:, None], logits, 0.0), 1)
         more = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(more == float("-inf"), 0.0, more)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
-        of_target += tl.sum(tl.where(classes[None, :] == target[:, None], logits, 0.0), 1)
-        if SMOOTHED:
-            logits_sum += tl.sum(tl.where(there[None, :], logits, 0.0), 1)
         largest = more
     out = partials + split.to(tl.int64) * (partials_size // splits) + place
     tl.store(out, largest, in_rows)
@@ -364,17 +374,16 @@ def weights_kernel(
         PRECISION, BLOCK_K,
     )  # fmt: skip
     t = tl.load(temperature + batch)
-    used = there[None, :] & in_rows[:, None]
+    counted = in_rows
     number = tl.load(present + batch)
     largest = tl.zeros((BLOCK,), ACCUMULATOR)
     if MODE != "distance":
         largest = tl.load(largest_logits + place, in_rows, other=0.0)
         log_sum = tl.load(log_sums + place, in_rows, other=0.0)
-        probability = tl.exp((-distance / t - largest[:, None]) - log_sum[:, None])
+        probability = tl.exp((distance * (-1.0 / t) - largest[:, None]) - log_sum[:, None])
     if MODE == "cross entropy":
-        target = tl.load(targets + place, in_rows, other=0)
-        counted = in_rows & (target != ignore_index) & (target >= 0) & (target < num_classes)
-        used = used & counted[:, None]
+        target = class_of(targets + place, in_rows, num_classes)
+        counted = (target >= 0) & (target != ignore_index)
         g = tl.load(grad + batch * grad_batch + rows * grad_row, counted, other=0.0).to(ACCUMULATOR)
         if MEAN:
             g /= tl.load(kept + batch).to(ACCUMULATOR)
@@ -384,7 +393,8 @@ def weights_kernel(
         of_logit -= tl.where(classes[None, :] == target[:, None], 1.0 - SMOOTHING, 0.0)
         of_logit *= g[:, None]
     else:
-        incoming = tl.load(grad + place[:, None] * num_classes + classes[None, :], used, other=0.0).to(ACCUMULATOR)
+        offsets = place[:, None] * num_classes + classes[None, :]
+        incoming = tl.load(grad + offsets, in_rows[:, None] & there[None, :], other=0.0).to(ACCUMULATOR)
         if MODE == "distance":
             of_logit = -incoming
             t = t * 0.0 + 1.0
@@ -394,20 +404,21 @@ def weights_kernel(
                 of_logit = incoming - probability * total[:, None]
             else:
                 of_logit = probability * (incoming - total[:, None])
-    of_logit = tl.where(used, of_logit, 0.0)
+    used = counted[:, None] & there[None, :]
+    of_logit, distance = tl.where(used, of_logit, 0.0), tl.where(used, distance, 0.0)
     if SLOPES:
-        nearest = tl.where(number == num_classes, -largest * t, 0.0)
-        slope = tl.sum(tl.where(used, of_logit * (distance - nearest[:, None]), 0.0), 1) / (t * t)
+        nearest = tl.where(counted & (number == num_classes), -largest * t, 0.0)
+        slope = tl.sum(of_logit * (distance - nearest[:, None]), 1) / (t * t)
         out = slopes + (batch * class_blocks + class_block) * num_queries + rows
         if first_class > 0:
             slope += tl.load(out, in_rows, other=0.0)
         tl.store(out, slope, in_rows)
-    weight = tl.where(used, weights_of(of_logit, distance, t, METRIC), 0.0).to(weights.dtype.element_ty)
+    weight = weights_of(of_logit, distance, t, METRIC).to(weights.dtype.element_ty)
     out = weights + place[:, None] * width + local[None, :]
     tl.store(out, weight, in_rows[:, None] & (local < width)[None, :])
     weight = weight.to(ACCUMULATOR)
     if METRIC == "cosine":
-        weight = tl.where(used, weight * (1.0 - distance), 0.0)
+        weight *= 1.0 - distance
     out = row_sums + (batch * class_blocks + class_block) * num_queries + rows
     tl.store(out, tl.sum(weight, 1), in_rows)
     out = class_sums + (batch * blocks + block) * width + local
@@ -476,7 +487,7 @@ def distances_kernel(
     if MODE == "distance":
         tl.store(out + offsets, tl.where(there[None, :], distance, float("nan")), mask)
     else:
-        logits = tl.where(there[None, :], -distance / tl.load(temperature + batch), float("-inf"))
+        logits = tl.where(there[None, :], distance * (-1.0 / tl.load(temperature + batch)), float("-inf"))
         if MODE == "logits":
             tl.store(out + offsets, logits, mask)
         else:

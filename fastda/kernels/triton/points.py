@@ -55,12 +55,11 @@ def differences_squared(
 def weights_of(of_logit, distance, temperature, METRIC: tl.constexpr):
     """What a query's difference q − p (cosine: the prototype's direction) is multiplied by in the gradient."""
     if METRIC == "sqeuclidean":
-        return -2.0 * of_logit / temperature
+        return of_logit * (-2.0 / temperature)
     elif METRIC == "cosine":
-        return of_logit / temperature
+        return of_logit * (1.0 / temperature)
     else:
-        at_zero = distance == 0.0
-        return tl.where(at_zero, 0.0, -of_logit / temperature / tl.where(at_zero, 1.0, distance))
+        return tl.where(distance == 0.0, 0.0, of_logit * (-1.0 / temperature) / distance)
 
 
 @kernel

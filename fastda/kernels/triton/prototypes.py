@@ -26,6 +26,9 @@ from .prototype_classes import alignment, check_labels, rows_of
 CLOSE = {"sqeuclidean": 1 / 64, "euclidean": 1 / 16, "cosine": 0.0}
 """Share of ‖q‖² + ‖p‖² below which a squared distance is taken by difference."""
 
+NOISE = 2.0**-20
+"""Share below which a squared distance of half-precision features is 0."""
+
 
 @dataclass(frozen=True)
 class Points:
@@ -127,7 +130,7 @@ def prepare(queries: Tensor, prototypes: Tensor, metric: str, logits: bool) -> P
             **blocks.options,
         )
     of_classes, of_queries = statistics
-    close = 0.0 if logits and metric == "sqeuclidean" else CLOSE[metric]
+    close = 0.0 if logits and metric == "sqeuclidean" else NOISE if raw else CLOSE[metric]
     return Points(metric, q, p, operands, centre, of_queries, of_classes, raw, close)
 
 
