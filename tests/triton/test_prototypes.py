@@ -8,18 +8,22 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from ops_under_test import BY_NAME, METRICS, Draw, Sizes
 from strategies import LAYOUTS, describe, lay_out
-from tolerance import assert_as_accurate_as_reference, is_floating, random_like, results
+from tolerance import assert_as_accurate_as_reference, is_floating, map_floating, results
 from torch.testing import assert_close
 
 import fastda
 import fastda.reference
 from fastda import backend
+from fastda.kernels import tiles
 
 pytestmark = pytest.mark.usefixtures("on_triton", "poisoned_memory", "one_thread")
 SERVED = [BY_NAME[name] for name in backend.KERNELS["triton"] if name in backend.PROTOTYPES]
 each_served = pytest.mark.parametrize("op", SERVED, ids=str)
 each_metric = pytest.mark.parametrize("metric", METRICS)
+AGAINST = [op for op in SERVED if "prototypes" in op.arguments()]
+each_of_prototypes = pytest.mark.parametrize("op", AGAINST, ids=str)
 EPISODE, MEANS = BY_NAME["prototypical_loss"], BY_NAME["class_means"]
+CROSS_ENTROPY, DISTANCE = BY_NAME["prototype_cross_entropy"], BY_NAME["pairwise_distance"]
 
 
 def check(op, arguments):
@@ -63,3 +67,211 @@ def test_values_and_gradients_at_length(op, data):
     arguments = data.draw(calls(op))
     note(describe(arguments))
     check(op, arguments)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Many tiles and chunks from few queries and classes."""
+    monkeypatch.setattr(tiles, "class_tile", lambda half, dtype, metric: tiles.Blocks(16, 16, 16, 4, 2))
+    monkeypatch.setattr(tiles, "pull", lambda half, dtype: (tiles.Blocks(16, 16, 16, 4, 2), 16))
+    monkeypatch.setattr(tiles, "WEIGHTS", {True: 0, False: 0})
+
+
+def several_tiles(op, metric, dtype=torch.float32, **options):
+    """More than one tile of queries, classes and features, and a class that is empty."""
+    temperature = {"temperature": torch.tensor(0.5)} if "temperature" in op.options else {}
+    draw = Draw(Sizes(batch=(2,), others=18, features=19, classes=35), dtype)
+    arguments = op.arguments(draw, metric=metric, **temperature, **options)
+    arguments["prototypes"][1, 3] = torch.nan
+    if "targets" in arguments:
+        arguments["targets"][arguments["targets"] == 3] = 4
+    return arguments
+
+
+@each_metric
+@each_of_prototypes
+def test_several_tiles_and_chunks(op, metric, small_tiles):
+    options = {"label_smoothing": 0.2, "ignore_index": 0} if op is CROSS_ENTROPY else {}
+    check(op, several_tiles(op, metric, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_metric
+def test_half_precision_products(metric, dtype, small_tiles, half_products):
+    """Right to the rounding of the weights; the interpreter rounds to bfloat16 towards zero."""
+    arguments = several_tiles(CROSS_ENTROPY, metric, dtype)
+    got = results(fastda.prototype_cross_entropy, arguments)
+    expected = results(fastda.reference.prototype_cross_entropy, map_floating(arguments, lambda _, x: x.double()))
+    for name, result in got.items():
+        allowed = 1e-5 if name in ("output 0", "gradient of temperature") else 4 * torch.finfo(dtype).eps
+        assert (result.double() - expected[name]).norm() <= allowed * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_products_far_from_zero(dtype, small_tiles, half_products):
+    """Squares of 10⁵ beside distances of 10: float32 sums of products that are not centred are off by 0.02 and more."""
+    draw = Draw(Sizes(features=64))
+    queries, prototypes = (draw.normal(20, 64, mean=40.0, deviation=0.3).to(dtype) for _ in range(2))
+    got = fastda.pairwise_distance(queries, prototypes)
+    exact = fastda.reference.pairwise_distance(queries.double(), prototypes.double())
+    assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+    assert (fastda.pairwise_distance(queries, queries, metric="euclidean").diagonal() == 0).all()
+
+
+@each_served
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+def test_nan_and_inf_propagate_as_in_the_reference(op, bad, place):
+    arguments = op.arguments(Draw(Sizes(batch=(2,), features=16)))
+    names = list(op.differentiable(arguments))
+    arguments[names[place % len(names)]].view(-1)[3] = bad
+    check(op, arguments)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_distances_far_from_zero_and_of_equal_points(metric):
+    draw = Draw(Sizes(features=64))
+    queries, prototypes = (draw.normal(5, 64, mean=10.0, deviation=0.01) for _ in range(2))
+    prototypes[2] = queries[1]
+    arguments = {"queries": queries, "prototypes": prototypes, "metric": metric}
+    check(DISTANCE, arguments)
+    got = results(fastda.pairwise_distance, arguments)["output 0"]
+    assert got[1, 2] == 0 and (got > 0).sum() == 24
+    labels = torch.arange(5)
+    episode = {"support": prototypes, "support_labels": labels, "queries": queries, "query_labels": labels}
+    check(EPISODE, episode | {"num_classes": 5, "metric": metric})
+
+
+@each_metric
+def test_the_zero_vector(metric):
+    draw = Draw(Sizes(others=4, classes=3))
+    arguments = DISTANCE.arguments(draw, metric=metric)
+    arguments["queries"][1] = 0
+    arguments["prototypes"][:2] = 0
+    check(DISTANCE, arguments)
+    labels = torch.tensor([0, 1, 2, 2])
+    episode = {"support": arguments["prototypes"], "support_labels": labels[:3], "queries": arguments["queries"]}
+    check(EPISODE, episode | {"query_labels": labels, "num_classes": 3, "metric": metric})
+
+
+@pytest.mark.parametrize("label", [3, -1, 2**40])
+def test_labels_out_of_range_make_their_row_nan(label):
+    """As on a GPU: raising would synchronise. Nothing goes to a gradient."""
+    arguments = CROSS_ENTROPY.arguments(Draw(Sizes(batch=(2,))), reduction="none")
+    arguments["targets"][1, 2] = label
+    found = results(fastda.prototype_cross_entropy, arguments)
+    assert found["output 0"].isnan().nonzero().tolist() == [[1, 2]]
+    assert (found["gradient of queries"][1, 2] == 0).all() and found["gradient of prototypes"].isfinite().all()
+    arguments = EPISODE.arguments(Draw(Sizes(batch=(2,))), reduction="none")
+    arguments["query_labels"][0, 1], arguments["support_labels"][1, 0] = label, label
+    found = results(fastda.prototypical_loss, arguments)
+    assert found["output 0"].isnan().sum(-1).tolist() == [1, 5]
+    assert (found["gradient of queries"][0, 1] == 0).all() and (found["gradient of support"][1] == 0).all()
+    arguments = MEANS.arguments(Draw(Sizes(batch=(2,))), empty="zero")
+    arguments["labels"][1, 0] = label
+    found = results(fastda.class_means, arguments)
+    assert found["output 0"].isnan().flatten(1).all(-1).tolist() == [False, True]
+    assert (found["gradient of support"][1] == 0).all()
+
+
+def test_class_means_of_sorted_labels(heuristic):
+    """Where there are many of both, the samples of a class are found by sorting the labels."""
+    heuristic("SCANNED_LABELS", 0)
+    for labels in ("unbalanced", "gaps"):
+        check(MEANS, MEANS.arguments(Draw(Sizes(batch=(2,), samples=70, features=5, classes=4, labels=labels))))
+
+
+@each_served
+def test_the_same_call_gives_the_same_bits(op):
+    arguments = op.arguments(Draw(Sizes(batch=(2,), samples=20, others=17)))
+    first, second = (results(op.of(fastda), arguments) for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
+
+
+@each_served
+def test_a_gradient_for_one_input_alone(op):
+    arguments = op.arguments(Draw(Sizes(others=17)))
+    everything = results(op.of(fastda), arguments)
+    for name in op.differentiable(arguments):
+        others = tuple(other for other in op.differentiable(arguments) if other != name)
+        alone = results(op.of(fastda), arguments, constant=others)
+        assert torch.equal(alone[f"gradient of {name}"], everything[f"gradient of {name}"])
+
+
+@pytest.mark.parametrize("episodes", [(), (64,)])
+def test_a_batch_of_episodes_takes_two_launches_forward_and_two_backward(episodes):
+    """Counted on the meta device."""
+    from fastda.kernels.triton import problem, prototype_classes
+
+    support, queries = (torch.empty(*episodes, n, 640, device="meta") for n in (5, 75))
+    labels = [torch.empty(*episodes, n, device="meta", dtype=torch.int64) for n in (5, 75)]
+    tensors = support, queries, torch.empty(episodes, device="meta"), *labels
+    problem.noted.clear()
+    loss, *saved = prototype_classes.prototypical_loss(*tensors, 5, "sqeuclidean", "mean")
+    assert len(problem.noted) == 2
+    constants = (5, "sqeuclidean", "mean", True, True, True)
+    prototype_classes.prototypical_loss_backward(loss, *tensors, *saved, *constants)
+    assert len(problem.noted) == 4
+    problem.noted.clear()
+
+
+def test_memory_of_a_cross_entropy_of_many_classes():
+    """Beyond inputs and results at most 1 % of queries × classes in float32, looked at on the meta device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastda.kernels.triton import problem, prototypes
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "empty" in str(function):
+                sizes.append(result.numel() * result.element_size())
+            return result
+
+    sizes = []
+    queries, classes = (torch.empty(n, 512, device="meta", dtype=torch.bfloat16) for n in (8192, 100_000))
+    tensors = queries, classes, torch.empty((), device="meta"), torch.empty(8192, device="meta", dtype=torch.int64)
+    with Sizes():
+        results = prototypes.prototype_cross_entropy(*tensors, -100, 0.0, "sqeuclidean", "mean")
+        forward, sizes = sum(sizes), []
+        grads = prototypes.prototype_cross_entropy_backward(
+            results[0], *tensors, *results[1:], -100, 0.0, "sqeuclidean", "mean", True, True, False
+        )
+        backward = sum(sizes) - sum(grad.numel() * 2 for grad in grads[:2])
+    problem.noted.clear()
+    assert forward < backward < 0.0125 * 8192 * 100_000 * 4
+
+
+@each_metric
+def test_second_derivatives_and_vmap(metric):
+    arguments = EPISODE.arguments(Draw(Sizes(batch=(2,)), torch.float64), metric=metric)
+    support, labels, queries, targets, num_classes = list(arguments.values())[:5]
+    support.requires_grad_()
+
+    def second(module):
+        loss = module.prototypical_loss(support, labels, queries, targets, num_classes, metric=metric)
+        (gradient,) = torch.autograd.grad(loss, support, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), support)[0]
+
+    assert_close(second(fastda), second(fastda.reference))
+    per_episode = [
+        torch.func.vmap(
+            torch.func.grad(lambda s, y, q, t: module.prototypical_loss(s, y, q, t, num_classes, metric=metric))  # noqa: B023
+        )(support, labels, queries, targets)
+        for module in (fastda, fastda.reference)
+    ]
+    assert_close(*per_episode)
+
+
+def test_a_direct_call_is_checked():
+    x, labels, t = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64), torch.ones(())
+    ops = torch.ops.fastda
+    with pytest.raises(ValueError, match="labels: expected int64 of shape"):
+        ops.class_means(x, labels[:2], 3, "nan")
+    with pytest.raises(ValueError, match="queries: expected the batch dimensions and features of support"):
+        ops.prototypical_loss(x, torch.ones(3, 6), t, labels, labels, 3, "sqeuclidean", "mean")
+    with pytest.raises(ValueError, match="prototypes: expected the batch dimensions and features of queries"):
+        ops.pairwise_distance(x, torch.ones(3, 6), "sqeuclidean")
+    with pytest.raises(TypeError, match="prototypes: expected torch.float32"):
+        ops.pairwise_distance(x, x.double(), "sqeuclidean")

@@ -314,7 +314,7 @@ def weights_kernel(
     present,
     kept,
     totals,  # (batch, Q), where MODE is a softmax: Σ of ∂L/∂log p, or of p ∂L/∂p
-    weights,  # (batch, Q, width)
+    weights,  # (batch, Q, width), a multiple of CLASSES
     row_sums,  # (batch, class blocks, Q)
     class_sums,  # (batch, query blocks, width)
     slopes,  # (batch, class blocks, Q): added to
@@ -350,14 +350,14 @@ def weights_kernel(
     """What differences of queries and prototypes are multiplied by in the gradients, for the classes from `first_class`
     on, and its sums over the classes and over the queries (cosine: weighed with the similarities)."""
     program = tl.program_id(0)
-    blocks, class_blocks = (num_queries + BLOCK - 1) // BLOCK, (width + CLASSES - 1) // CLASSES
+    blocks, class_blocks = (num_queries + BLOCK - 1) // BLOCK, width // CLASSES
     block, class_block = program % blocks, program // blocks % class_blocks
     batch = (program // blocks // class_blocks).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < num_queries
     local = class_block * CLASSES + tl.arange(0, CLASSES)
     classes = first_class + local
-    in_classes = (local < width) & (classes < num_classes)
+    in_classes = classes < num_classes
     queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
     exact_queries += batch * tl.multiple_of(exact_batch.to(tl.int64), ALIGN)
     prototypes += batch * tl.multiple_of(prototypes_batch.to(tl.int64), ALIGN)
@@ -415,14 +415,14 @@ def weights_kernel(
         tl.store(out, slope, in_rows)
     weight = weights_of(of_logit, distance, t, METRIC).to(weights.dtype.element_ty)
     out = weights + place[:, None] * width + local[None, :]
-    tl.store(out, weight, in_rows[:, None] & (local < width)[None, :])
+    tl.store(out, weight, in_rows[:, None])
     weight = weight.to(ACCUMULATOR)
     if METRIC == "cosine":
         weight *= 1.0 - distance
     out = row_sums + (batch * class_blocks + class_block) * num_queries + rows
     tl.store(out, tl.sum(weight, 1), in_rows)
     out = class_sums + (batch * blocks + block) * width + local
-    tl.store(out, tl.sum(weight, 0), local < width)
+    tl.store(out, tl.sum(weight, 0))
 
 
 @kernel
@@ -588,7 +588,7 @@ def weighed_sum(
         offsets = index[:, None].to(tl.int64) * y_row + columns[None, :]
         b = tl.load(y + offsets, within[:, None] & in_columns[None, :], other=0.0)
         if METRIC == "cosine":
-            a = a.to(ACCUMULATOR) * tl.where(within, scale, 0.0)[None, :]
+            a = a.to(ACCUMULATOR) * scale[None, :]  # where there is no y, a is 0
         if RAW:
             a, b = a.to(OPERAND), b.to(OPERAND)
         else:

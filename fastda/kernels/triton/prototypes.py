@@ -63,7 +63,7 @@ class Points:
 
     @property
     def blocks(self) -> tiles.Blocks:
-        return tiles.class_tile(self.raw, self.queries.dtype)
+        return tiles.class_tile(self.raw, self.queries.dtype, self.metric)
 
     @property
     def constants(self) -> dict[str, object]:
