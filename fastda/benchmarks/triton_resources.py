@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..kernels.tiles import on_amd
 from ..kernels.triton import coral, covariance, problem, prototype_classes, prototypes
 from ..kernels.triton.problem import accumulator
 from ..reference.prototypes import METRICS
@@ -77,9 +78,8 @@ class Launch:
         return self.kernel.__name__
 
     def resources(self, target: str) -> Resources:
-        return resources(
-            self.kernel, self.signature, self.constants, target, aligned=self.aligned, **self.options
-        )
+        options = on_amd(self.options) if TARGETS[target].backend == "hip" else self.options
+        return resources(self.kernel, self.signature, self.constants, target, aligned=self.aligned, **options)
 
 
 TYPES = {

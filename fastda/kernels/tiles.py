@@ -40,7 +40,13 @@ class Blocks:
     @property
     def options(self) -> dict[str, object]:
         # The contraction to fused multiply-adds is asked for: Triton is about to change its default.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return on_amd(options) if torch.version.hip else options
+
+
+def on_amd(options: dict[str, object]) -> dict[str, object]:
+    """Its 64 KiB of shared memory hold no more than two stages of the larger tiles."""
+    return options | {"num_stages": min(2, options["num_stages"])}
 
 
 @functools.lru_cache(None)
@@ -120,15 +126,24 @@ def directions() -> Blocks:
 
 def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries of a program (rows) against all classes (columns), over so many features at a time."""
-    classes = max(16, 1 << (num_classes - 1).bit_length())
-    depth = 64 if classes <= 64 and dtype != torch.float64 else 32
-    return Blocks(16, classes, depth, 4 if classes <= 64 else 8, 2)
+    classes = power_of_two(num_classes)
+    return Blocks(16, classes, classes_depth(classes, dtype), 8 if classes > 64 else 4, 2)
 
 
 def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries (rows) and features (depth) of a program, and all classes (columns)."""
-    classes = max(16, 1 << (num_classes - 1).bit_length())
-    return Blocks(32, classes, 64 if classes <= 64 and dtype != torch.float64 else 32, 4 if classes <= 64 else 8, 2)
+    classes = power_of_two(num_classes)
+    return Blocks(32, classes, classes_depth(classes, dtype), 8 if classes > 32 else 4, 2 if classes > 16 else 1)
+
+
+def power_of_two(num_classes: int) -> int:
+    """So many classes fill a tile, whose sides matrix products want to be 16 at least."""
+    return max(16, 1 << (num_classes - 1).bit_length())
+
+
+def classes_depth(classes: int, dtype: torch.dtype) -> int:
+    """Features at a time, of a tile with all classes."""
+    return (64 if classes == 16 else 32 if classes <= 64 else 16) // (2 if dtype == torch.float64 and classes <= 64 else 1)
 
 
 WEIGHTS = {True: 7 * 2**20, False: 2**22}
@@ -139,13 +154,13 @@ def class_tile(half: bool, dtype: torch.dtype, metric: str) -> Blocks:
     """Queries (rows) against classes (columns). Weights of a square root take registers."""
     if half:
         return Blocks(128, 64 if metric == "euclidean" else 128, 64, 8, 3)
-    return Blocks(32, 32, 16, 4, 2) if dtype == torch.float64 else Blocks(64, 64, 32, 8, 2)
+    return Blocks(32, 32, 16, 4, 2) if dtype == torch.float64 else Blocks(64, 64, 16, 4, 2)
 
 
 def pull(half: bool, dtype: torch.dtype) -> tuple[Blocks, int]:
     """Blocks of a gradient, and how many columns a program for prototypes has: their sums are longer."""
     if half and dtype == torch.bfloat16:
-        return Blocks(128, 128, 64, 8, 3), 64
+        return Blocks(128, 128, 64, 8, 4), 64
     if dtype == torch.float64:
         return Blocks(32, 32, 16, 4, 2), 32
     return Blocks(64, 64, 16, 8, 3), 64

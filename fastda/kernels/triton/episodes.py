@@ -169,7 +169,8 @@ def episode_kernel(
         scale = of_queries[:, None] + of_classes[None, :]
         distance = scale - 2.0 * products
         distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        close = in_rows[:, None] & in_classes[None, :] & (distance < CLOSE * scale)
+        close = (distance < CLOSE * scale) | (distance != distance)  # Inf − Inf is no distance
+        close &= in_rows[:, None] & in_classes[None, :]
         if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
             exact = differences_squared(
                 queries, queries_row, rows, in_rows, prototypes, num_features, classes, in_classes, num_features,
@@ -269,7 +270,7 @@ def episode_gradient_kernel(
             result = tl.dot(w, p, input_precision=PRECISION, out_dtype=ACCUMULATOR)
             if METRIC != "cosine":
                 q = load_rows(queries, queries_row, rows, in_rows, columns, in_columns, ACCUMULATOR)
-                result = (q - centre[None, :]) * tl.sum(w, 1)[:, None] - result
+                result = (q - centre[None, :]) * tl.sum(w, 1)[:, None] - result + (q - q)
             result *= g[:, None]
             out = grad_queries + (batch * num_queries + rows[:, None]) * num_features + columns[None, :]
             tl.store(out, result.to(grad_queries.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
@@ -288,7 +289,7 @@ def episode_gradient_kernel(
                 result = tl.dot(w, q, result, input_precision=PRECISION, out_dtype=ACCUMULATOR)
                 total += tl.sum(w, 1)
             if METRIC != "cosine":
-                result = p * total[:, None] - result
+                result = p * total[:, None] - result + (p - p)  # NaN where p is infinite: so is Σ w (p − q)
             result = tl.where(unknown, 0.0 * total[:, None], result)
             out = grad_prototypes + (batch * num_classes + classes[:, None]) * num_features + columns[None, :]
             tl.store(out, result, in_classes[:, None] & in_columns[None, :])

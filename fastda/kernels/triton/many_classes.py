@@ -117,6 +117,9 @@ def distance_tile(
     BLOCK_K: tl.constexpr,
 ):
     """Distances of some queries to some classes. of_queries, of_classes: their statistics."""
+    if METRIC != "cosine":  # what is infinitely far is so by its statistics: Inf − Inf is no distance
+        in_rows = in_rows & (of_queries != float("inf"))
+        there = there & (of_classes != float("inf"))
     products = tl.zeros((rows.shape[0], classes.shape[0]), ACCUMULATOR)
     q = queries + rows[:, None].to(tl.int64) * queries_row
     p = prototypes + classes[None, :].to(tl.int64) * prototypes_row
@@ -397,7 +400,7 @@ def weights_kernel(
         incoming = tl.load(grad + offsets, in_rows[:, None] & there[None, :], other=0.0).to(ACCUMULATOR)
         if MODE == "distance":
             of_logit = -incoming
-            t = t * 0.0 + 1.0
+            t = tl.full((), 1.0, ACCUMULATOR)
         else:
             total = tl.load(totals + place, in_rows, other=0.0)
             if MODE == "log softmax":
@@ -611,7 +614,7 @@ def finished(
     else:
         if not RAW:
             own -= tl.load(centre + columns, in_columns, other=0.0)[None, :]
-        return own * total[:, None] - result
+        return own * total[:, None] - result + (own - own)  # NaN where x is infinite: so is Σ w (x − y)
 
 
 @kernel

@@ -53,7 +53,7 @@ def find_means(support: Tensor, labels: Tensor, num_classes: int, empty: str) ->
     sort = num_samples * num_classes > tiles.SCANNED_LABELS
     order = starts = labels
     if sort:
-        labels, order = labels.sort(-1, stable=True)
+        labels, order = labels.sort(stable=True, dim=-1)
         classes = torch.arange(num_classes + 1, device=labels.device).expand(batch, -1).contiguous()
         starts = torch.searchsorted(labels, classes)
     blocks = tiles.class_means()
