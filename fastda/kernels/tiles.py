@@ -127,7 +127,7 @@ def directions() -> Blocks:
 def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries of a program (rows) against all classes (columns), over so many features at a time."""
     classes = power_of_two(num_classes)
-    return Blocks(16, classes, classes_depth(classes, dtype), 8 if classes > 64 else 4, 2)
+    return Blocks(16, classes, classes_depth(classes, dtype), 8 if classes > 64 else 4, 1 if classes > 32 else 2)
 
 
 def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
@@ -157,10 +157,10 @@ def class_tile(half: bool, dtype: torch.dtype, metric: str) -> Blocks:
     return Blocks(32, 32, 16, 4, 2) if dtype == torch.float64 else Blocks(64, 64, 16, 4, 2)
 
 
-def pull(half: bool, dtype: torch.dtype) -> tuple[Blocks, int]:
+def pull(half: bool, dtype: torch.dtype, metric: str) -> tuple[Blocks, int]:
     """Blocks of a gradient, and how many columns a program for prototypes has: their sums are longer."""
     if half and dtype == torch.bfloat16:
-        return Blocks(128, 128, 64, 8, 4), 64
+        return Blocks(128, 128, 32 if metric == "cosine" else 64, 8, 4), 64
     if dtype == torch.float64:
         return Blocks(32, 32, 16, 4, 2), 32
     return Blocks(64, 64, 16, 8, 3), 64

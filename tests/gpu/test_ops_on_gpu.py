@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ops_under_test import BY_NAME, OPS, Draw, Sizes, each_module, each_op
 from strategies import calls
-from tolerance import assert_as_accurate_as_reference, results
+from tolerance import assert_as_accurate_as_reference, map_floating, results
 
 import fastda
 import fastda.reference
+from fastda import backend
 
 LARGE = Sizes(batch=(3,), samples=131, others=97, features=130, classes=11)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -46,6 +47,26 @@ def test_values_and_gradients(op, data):
 @each_dtype
 def test_large(op, dtype):
     check(op, op.arguments(Draw(LARGE, dtype)))
+
+
+def test_the_kernels_serve():
+    x = torch.ones(2, 3, device="cuda")
+    for op in backend.KERNELS["triton"]:
+        assert backend.serve(op, x) == "triton"
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+def test_half_precision_products_of_many_classes(metric):
+    """Rounded as the weights of the gradients are; enough of them that the tensor cores take the features as such."""
+    draw = Draw(Sizes(others=2048, features=512, classes=2048), torch.bfloat16)
+    arguments = on_gpu(BY_NAME["prototype_cross_entropy"].arguments(draw, metric=metric, temperature=8.0))
+    arguments["prototypes"][7] = torch.nan
+    arguments["targets"][arguments["targets"] == 7] = 8
+    got = results(fastda.prototype_cross_entropy, arguments)
+    exact = map_floating(arguments, lambda _, x: x.double())
+    for name, expected in results(fastda.reference.prototype_cross_entropy, exact).items():
+        allowed = 1e-4 if name == "output 0" else 4 * torch.finfo(torch.bfloat16).eps
+        assert (got[name].double() - expected).norm() <= allowed * expected.norm(), name
 
 
 @each_op

@@ -52,7 +52,7 @@ def calls(draw, op):
 
 @each_served
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_values_and_gradients(op, data):
     arguments = data.draw(calls(op))
     note(describe(arguments))
@@ -73,7 +73,7 @@ def test_values_and_gradients_at_length(op, data):
 def small_tiles(monkeypatch):
     """Many tiles and chunks from few queries and classes."""
     monkeypatch.setattr(tiles, "class_tile", lambda half, dtype, metric: tiles.Blocks(16, 16, 16, 4, 2))
-    monkeypatch.setattr(tiles, "pull", lambda half, dtype: (tiles.Blocks(16, 16, 16, 4, 2), 16))
+    monkeypatch.setattr(tiles, "pull", lambda half, dtype, metric: (tiles.Blocks(16, 16, 16, 4, 2), 16))
     monkeypatch.setattr(tiles, "WEIGHTS", {True: 0, False: 0})
 
 
@@ -89,14 +89,27 @@ def several_tiles(op, metric, dtype=torch.float32, **options):
 
 
 @each_metric
-@each_of_prototypes
-def test_several_tiles_and_chunks(op, metric, small_tiles):
-    options = {"label_smoothing": 0.2, "ignore_index": 0} if op is CROSS_ENTROPY else {}
-    check(op, several_tiles(op, metric, **options))
+def test_several_tiles_and_chunks(metric, small_tiles):
+    check(CROSS_ENTROPY, several_tiles(CROSS_ENTROPY, metric, label_smoothing=0.2, ignore_index=0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.slow
 @each_metric
+@each_of_prototypes
+def test_several_tiles_and_chunks_of_each_op(op, metric, small_tiles):
+    check(op, several_tiles(op, metric))
+
+
+@pytest.mark.parametrize(
+    "metric, dtype",
+    [
+        ("sqeuclidean", torch.bfloat16),
+        ("euclidean", torch.float16),
+        ("cosine", torch.bfloat16),
+        *(pytest.param(metric, torch.float16, marks=pytest.mark.slow) for metric in ("sqeuclidean", "cosine")),
+        pytest.param("euclidean", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_products(metric, dtype, small_tiles, half_products):
     """Right to the rounding of the weights; the interpreter rounds to bfloat16 towards zero."""
     arguments = several_tiles(CROSS_ENTROPY, metric, dtype)
@@ -118,14 +131,30 @@ def test_half_precision_products_far_from_zero(dtype, small_tiles, half_products
     assert (fastda.pairwise_distance(queries, queries, metric="euclidean").diagonal() == 0).all()
 
 
-@each_served
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize("place", [0, 1])
-def test_nan_and_inf_propagate_as_in_the_reference(op, bad, place):
+def with_a_bad_element(op, bad, place):
     arguments = op.arguments(Draw(Sizes(batch=(2,), features=16)))
     names = list(op.differentiable(arguments))
     arguments[names[place % len(names)]].view(-1)[3] = bad
-    check(op, arguments)
+    return arguments
+
+
+@each_served
+@pytest.mark.parametrize("place", [0, 1])
+def test_nan_propagates_as_in_the_reference(op, place):
+    check(op, with_a_bad_element(op, torch.nan, place))
+
+
+@each_served
+@pytest.mark.parametrize("place", [0, 1])
+def test_inf_propagates_as_in_the_reference(op, place):
+    """But for whether its own gradient is infinite or NaN: Σ w (x − y) of an infinite x, with w of one sign or of two."""
+    arguments = with_a_bad_element(op, torch.inf, place)
+    got, expected = results(op.of(fastda), arguments), results(op.of(fastda.reference), arguments)
+    for name, result in got.items():
+        if name.startswith("gradient"):
+            assert torch.equal(result.isfinite(), expected[name].isfinite())
+            result, expected[name] = (x.where(x.isfinite(), 0) for x in (result, expected[name]))
+        assert_close(result, expected[name], equal_nan=True)
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])

@@ -35,6 +35,13 @@ def check(kernels):
     [
         pytest.param("coral 64×2048 GPU", "sm_90", 4, "f64", marks=pytest.mark.slow),
         ("coral 16384×2048 bf16 GPU", "sm_90", 5, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+        pytest.param(
+            "cross-entropy Q 8192 × C 100000 × D 512 bf16 GPU",
+            "sm_90",
+            21,
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_case_on_a_target(case, target, kernels, instruction, tmp_path):
@@ -42,6 +49,12 @@ def test_a_case_on_a_target(case, target, kernels, instruction, tmp_path):
     check(found)
     assert len(found) == kernels
     assert any(instruction in one for kernel in found for one in kernel["matrix_instructions"])
+
+
+def test_an_episode(tmp_path):
+    found = compiled(tmp_path, "--cases", "5-way 1-shot Q 75 D 640 GPU", "--targets", "sm_90")
+    check(found)
+    assert {kernel["kernel"] for kernel in found} >= {"class_means_kernel", "episode_kernel", "episode_gradient_kernel"}
 
 
 @pytest.mark.slow
@@ -58,4 +71,17 @@ def test_every_case_on_every_target(precision, tmp_path):
         "careful_loss_kernel",
         "careful_gram_kernel",
         "gradient_kernel",
+        "class_means_kernel",
+        "class_means_backward_kernel",
+        "episode_kernel",
+        "episode_gradient_kernel",
+        "directions_kernel",
+        "through_directions_kernel",
+        "statistics_kernel",
+        "sweep_kernel",
+        "join_kernel",
+        "distances_kernel",
+        "softmax_kernel",
+        "weights_kernel",
+        "pull_kernel",
     }

@@ -9,7 +9,7 @@ from .points import centre_of, differences_squared, kernel, load_rows, weights_o
 
 
 @kernel
-def means_kernel(
+def class_means_kernel(
     support,  # (batch, S, D)
     labels,  # (batch, S): of the samples, or sorted where SORTED
     order,  # (batch, S): the samples in the order of their labels, where SORTED
@@ -76,7 +76,7 @@ def means_kernel(
 
 
 @kernel
-def means_backward_kernel(
+def class_means_backward_kernel(
     grad_means,  # (batch, C, D)
     labels,  # (batch, S)
     counts,  # (batch, C)

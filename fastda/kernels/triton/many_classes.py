@@ -2,7 +2,8 @@
 
 Where RAW, features in half precision are multiplied as they are, but for the queries, which are a copy less a centre of
 their own dtype: that is exact where it matters, since a feature has a centre only where it is far from 0 against its
-spread. Squared distances below the rounding errors of these products are 0. ‖q − p‖² = ‖q′‖² + 2 q′·c − 2 q′·p + ‖p − c‖² with q′ = q − c. Else both are centred in the accumulation dtype.
+spread. ‖q − p‖² = ‖q′‖² + 2 q′·c − 2 q′·p + ‖p − c‖² with q′ = q − c; squared distances below the rounding errors of
+these products are 0. Else both are centred in the accumulation dtype.
 """
 
 from __future__ import annotations

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from .. import tiles
 from .coral import flatten
-from .episodes import episode_gradient_kernel, episode_kernel, means_backward_kernel, means_kernel
+from .episodes import (
+    class_means_backward_kernel,
+    class_means_kernel,
+    episode_gradient_kernel,
+    episode_kernel,
+)
 from .points import directions_kernel, through_directions_kernel
 from .problem import TRITON_DTYPES, accumulator, ceil_div, launch, precision
 
@@ -58,7 +63,7 @@ def find_means(support: Tensor, labels: Tensor, num_classes: int, empty: str) ->
         starts = torch.searchsorted(labels, classes)
     blocks = tiles.class_means()
     launch(
-        means_kernel,
+        class_means_kernel,
         batch * num_classes * max(1, ceil_div(num_features, blocks.columns)),
         x.device,
         x,
@@ -90,7 +95,7 @@ def share_means(grad_means: Tensor, support: Tensor, labels: Tensor, counts: Ten
     num_classes, blocks = counts.shape[-1], tiles.class_means()
     batch = math.prod(support.shape[:-2])
     launch(
-        means_backward_kernel,
+        class_means_backward_kernel,
         batch * ceil_div(num_samples, blocks.rows) * ceil_div(num_features, blocks.columns),
         support.device,
         grad_means,

@@ -434,7 +434,7 @@ def pull(
     batch, num_queries, num_classes, num_features = points.sizes
     weights, row_sums, class_sums = weighed
     width, features = weights.shape[-1], points.queries.dtype
-    blocks, class_width = tiles.pull(points.raw, features)
+    blocks, class_width = tiles.pull(points.raw, features, points.metric)
     raw_float16 = points.raw and features == torch.float16
     of_prototypes = ceil_div(width, blocks.rows) * ceil_div(num_features, class_width)
     of_queries = ceil_div(num_queries, blocks.rows) * ceil_div(num_features, blocks.columns)
