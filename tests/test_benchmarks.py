@@ -337,6 +337,7 @@ def test_a_record_holds_what_the_rules_ask_for(tmp_path):
         "lower_quartile",
         "upper_quartile",
         "samples",
+        "over_fused",
     }
     assert case["sides"]["fused"]["memory"]["peak"] > 0
     assert case["ratios"]["both"]["ratio"] > 0 and case["share_of_limit"] > 0

@@ -193,10 +193,11 @@ def test_the_code_runs(method, code, variables, monkeypatch):
 
     whole = fastda.training.fit
     monkeypatch.setattr(fastda.training, "fit", lambda *a, **k: whole(*a, **k | {"epochs": 2, "progress": False}))
-    before = {name: p.clone() for name, p in variables["model"].named_parameters()}
+    parameters = dict(variables["model"].named_parameters())  # held here: a method may take the model apart
+    before = {name: p.clone() for name, p in parameters.items()}
     names = dict(variables)
     exec(code, names)
-    changed = {name for name, p in variables["model"].named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
     trained = {"feature-extraction": {"classifier"}, "top-layers": {"encoder", "classifier"}}
     trained |= dict.fromkeys(
         ("coral", "dann", "coral+finetune", "dann+finetune", "finetune"), {"encoder", "classifier"}
