@@ -10,7 +10,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readme_has_an_example_for_each_family():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -19,6 +19,8 @@ def test_example(number):
     exec("import torch, fastda\nfrom torch import nn\n" + text, names)
     if "evaluate(" in text or "fastda.sklearn" in text:
         assert names["accuracy"] > 0.9
+    elif "fastda.shift" in text:
+        assert names["report"].kinds == ("covariate",) and names["method"] == "coral"
     elif "layerwise_lr_decay" in text:
         assert min(group["lr"] for group in names["optimizer"].param_groups) == pytest.approx(0.0000625)
         assert {n.partition(".")[0] for n, p in names["model"].named_parameters() if p.grad is not None} == {"3", "4"}
