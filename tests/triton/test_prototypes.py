@@ -72,8 +72,8 @@ def test_values_and_gradients_at_length(op, data):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles and chunks from few queries and classes."""
-    monkeypatch.setattr(tiles, "class_tile", lambda half, dtype, metric: tiles.Blocks(16, 16, 16, 4, 2))
-    monkeypatch.setattr(tiles, "pull", lambda half, dtype, metric: (tiles.Blocks(16, 16, 16, 4, 2), 16))
+    monkeypatch.setattr(tiles, "class_tile", lambda *_: tiles.Blocks(16, 16, 16, 4, 2))
+    monkeypatch.setattr(tiles, "pull", lambda *_: (tiles.Blocks(16, 16, 16, 4, 2), 16))
     monkeypatch.setattr(tiles, "WEIGHTS", {True: 0, False: 0})
 
 

@@ -108,6 +108,8 @@ def distance_tile(
     in_rows,
     classes,
     there,
+    num_queries,
+    num_classes,
     num_features,
     METRIC: tl.constexpr,
     RAW: tl.constexpr,
@@ -153,13 +155,15 @@ def distance_tile(
         if CLOSE > 0.0 and RAW:
             distance = tl.where(distance < CLOSE * tl.abs(scale), 0.0, distance)
         elif CLOSE > 0.0:
+            # The mark stays in place of the distance: masks that live through the loop take registers.
             close = in_rows[:, None] & there[None, :] & (distance < CLOSE * scale)
-            if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
+            distance = tl.where(close, -1.0, distance)
+            if tl.min(distance) < 0.0:
                 exact = differences_squared(
-                    exact_queries, exact_row, rows, in_rows, prototypes, prototypes_row, classes, there, num_features,
-                    ACCUMULATOR,
+                    exact_queries, exact_row, tl.minimum(rows, num_queries - 1), prototypes, prototypes_row,
+                    tl.minimum(classes, num_classes - 1), num_features, ACCUMULATOR,
                 )  # fmt: skip
-                distance = tl.where(close, exact, distance)
+                distance = tl.where(distance < 0.0, exact, distance)
         if METRIC == "euclidean":
             distance = tl.sqrt(distance)
         return distance
@@ -233,9 +237,9 @@ def sweep_kernel(
         of_class = tl.load(of_classes + batch * num_classes + classes, classes < num_classes, other=-1.0)
         there = (of_class < 0.0) == 0  # NaN is there
         distance = distance_tile(
-            queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row,
-            exact_row, prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR,
-            OPERAND, PRECISION, BLOCK_K,
+            queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
+            prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
+            ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
         )  # fmt: skip
         logits = distance * (-1.0 / t)
         if SMOOTHED:
@@ -374,8 +378,8 @@ def weights_kernel(
     there = (of_class < 0.0) == 0
     distance = distance_tile(
         queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-        prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND,
-        PRECISION, BLOCK_K,
+        prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
+        ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
     )  # fmt: skip
     t = tl.load(temperature + batch)
     counted = in_rows
@@ -483,8 +487,8 @@ def distances_kernel(
     there = (of_class < 0.0) == 0
     distance = distance_tile(
         queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-        prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND,
-        PRECISION, BLOCK_K,
+        prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
+        ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
     )  # fmt: skip
     offsets = place[:, None] * num_classes + classes[None, :]
     mask = in_rows[:, None] & in_classes[None, :]

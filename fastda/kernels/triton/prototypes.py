@@ -63,7 +63,7 @@ class Points:
 
     @property
     def blocks(self) -> tiles.Blocks:
-        return tiles.class_tile(self.raw, self.queries.dtype, self.metric)
+        return tiles.class_tile(self.raw, self.queries.dtype, self.metric, self.close > 0)
 
     @property
     def constants(self) -> dict[str, object]:
