@@ -50,8 +50,8 @@ class Resources:
     Attributes:
         target: a key of `TARGETS`.
         registers: of a thread.
-        spills: bytes of a thread that did not fit into registers and live in memory; 0 is what we want. Scalar registers
-            that AMD's compiler keeps in lanes of vector registers are not in memory.
+        spills: bytes of a thread that did not fit into registers and live in memory; 0 is what we want. Scalar
+            registers that AMD's compiler keeps in lanes of vector registers are not in memory.
         shared_bytes: of a block.
         matrix_instructions: the kinds used.
     """
@@ -148,8 +148,8 @@ LAYERS = "deep coral, layers of 256, 512 and 64 features"
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an op of torch.ops.fastda: its tensors, of which the first `differentiable` get gradients, its constants,
-    and how many of its results are values."""
+    """A call of an op of torch.ops.fastda: its tensors, of which the first `differentiable` get gradients, its
+    constants, and how many of its results are values."""
 
     op: str
     tensors: tuple[torch.Tensor, ...]

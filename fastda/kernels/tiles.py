@@ -143,7 +143,8 @@ def power_of_two(num_classes: int) -> int:
 
 def classes_depth(classes: int, dtype: torch.dtype) -> int:
     """Features at a time, of a tile with all classes."""
-    return (64 if classes == 16 else 32 if classes <= 64 else 16) // (2 if dtype == torch.float64 and classes <= 64 else 1)
+    depth = 64 if classes == 16 else 32 if classes <= 64 else 16
+    return max(16, depth // 2) if dtype == torch.float64 else depth
 
 
 WEIGHTS = {True: 7 * 2**20, False: 2**22}

@@ -237,9 +237,9 @@ def sweep_kernel(
         of_class = tl.load(of_classes + batch * num_classes + classes, classes < num_classes, other=-1.0)
         there = (of_class < 0.0) == 0  # NaN is there
         distance = distance_tile(
-            queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-            prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
-            ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
+            queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row,
+            exact_row, prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC,
+            RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
         )  # fmt: skip
         logits = distance * (-1.0 / t)
         if SMOOTHED:
@@ -661,10 +661,13 @@ def pull_kernel(
     BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """A tile of the gradient of the prototypes (these programs come first, since they run longest) or of the queries."""
+    """A tile of the gradient of the prototypes (these programs come first: they run longest) or of the queries."""
     program = tl.program_id(0)
-    of_class = (width + BLOCK - 1) // BLOCK * ((num_features + CLASS_WIDTH - 1) // CLASS_WIDTH) if NEED_PROTOTYPES else 0
-    of_query = (num_queries + BLOCK - 1) // BLOCK * ((num_features + WIDTH - 1) // WIDTH) if NEED_QUERIES else 0
+    of_class, of_query = 0, 0
+    if NEED_PROTOTYPES:
+        of_class = (width + BLOCK - 1) // BLOCK * ((num_features + CLASS_WIDTH - 1) // CLASS_WIDTH)
+    if NEED_QUERIES:
+        of_query = (num_queries + BLOCK - 1) // BLOCK * ((num_features + WIDTH - 1) // WIDTH)
     each = of_class + of_query
     local = program % each
     batch = (program // each).to(tl.int64)
@@ -685,8 +688,8 @@ def pull_kernel(
             columns = local % column_blocks * CLASS_WIDTH + tl.arange(0, CLASS_WIDTH)
             in_columns = columns < num_features
             result = weighed_sum(
-                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries, num_queries,
-                columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
+                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries,
+                num_queries, columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip
             parts = class_sums + batch * parts_of_classes * width
             total = sum_of_parts(parts, width, parts_of_classes, rows, in_rows, ACCUMULATOR)

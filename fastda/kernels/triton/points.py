@@ -16,8 +16,8 @@ kernel = functools.partial(
         "first_class", "ignore_index", "parts_of_queries", "parts_of_classes",
     ),
 )  # fmt: skip
-"""A kernel that is compiled anew for no size and no stride, but for numbers of features that are multiples of 16 or not,
-which decides how wide it reads; ALIGN says the same of the strides."""
+"""A kernel that is compiled anew for no size and no stride, but for numbers of features that are multiples of 16 or
+not, which decides how wide it reads; ALIGN says the same of the strides."""
 
 
 @triton.jit
