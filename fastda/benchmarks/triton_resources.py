@@ -50,7 +50,8 @@ class Resources:
     Attributes:
         target: a key of `TARGETS`.
         registers: of a thread.
-        spills: bytes (NVIDIA) or registers (AMD) that did not fit and live in memory; 0 is what we want.
+        spills: bytes of a thread that did not fit into registers and live in memory; 0 is what we want. Scalar
+            registers that AMD's compiler keeps in lanes of vector registers are not in memory.
         shared_bytes: of a block.
         matrix_instructions: the kinds used.
     """
@@ -147,8 +148,8 @@ LAYERS = "deep coral, layers of 256, 512 and 64 features"
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an op of torch.ops.fastda: its tensors, of which the first `differentiable` get gradients, its constants,
-    and how many of its results are values."""
+    """A call of an op of torch.ops.fastda: its tensors, of which the first `differentiable` get gradients, its
+    constants, and how many of its results are values."""
 
     op: str
     tensors: tuple[torch.Tensor, ...]
@@ -254,8 +255,8 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    usage = dict(re.findall(r"\.((?:vgpr|sgpr)(?:_spill)?_count):\s*(\d+)", assembly))
-    return int(usage["vgpr_count"]), int(usage["vgpr_spill_count"]) + int(usage["sgpr_spill_count"])
+    usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly))
+    return int(usage["vgpr_count"]), max(int(usage["vgpr_spill_count"]), int(usage["private_segment_fixed_size"]))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -143,18 +143,22 @@ def power_of_two(num_classes: int) -> int:
 
 def classes_depth(classes: int, dtype: torch.dtype) -> int:
     """Features at a time, of a tile with all classes."""
-    return (64 if classes == 16 else 32 if classes <= 64 else 16) // (2 if dtype == torch.float64 and classes <= 64 else 1)
+    depth = 64 if classes == 16 else 32 if classes <= 64 else 16
+    return max(16, depth // 2) if dtype == torch.float64 else depth
 
 
 WEIGHTS = {True: 7 * 2**20, False: 2**22}
 """Queries × classes whose weights are held at a time in the gradient of a cross-entropy, in half precision or not."""
 
 
-def class_tile(half: bool, dtype: torch.dtype, metric: str) -> Blocks:
-    """Queries (rows) against classes (columns). Weights of a square root take registers."""
+def class_tile(half: bool, dtype: torch.dtype, metric: str, careful: bool) -> Blocks:
+    """Queries (rows) against classes (columns). Weights of a square root take registers, and so does a `careful` tile,
+    with distances by difference."""
     if half:
         return Blocks(128, 64 if metric == "euclidean" else 128, 64, 8, 3)
-    return Blocks(32, 32, 16, 4, 2) if dtype == torch.float64 else Blocks(64, 64, 16, 4, 2)
+    if dtype == torch.float64:
+        return Blocks(32, 32, 16, 4, 2)
+    return Blocks(64, 64, 16, 4, 2) if metric == "sqeuclidean" and not careful else Blocks(64, 64, 32, 8, 2)
 
 
 def pull(half: bool, dtype: torch.dtype, metric: str) -> tuple[Blocks, int]:

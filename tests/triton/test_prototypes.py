@@ -1,4 +1,4 @@
-"""Prototypes on Triton, interpreted on CPU tensors: as exact as the reference, over metrics, sizes, layouts and dtypes."""
+"""Prototypes on Triton, interpreted on CPU tensors: as exact as the reference, over metrics, sizes and layouts."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_values_and_gradients_at_length(op, data):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles and chunks from few queries and classes."""
-    monkeypatch.setattr(tiles, "class_tile", lambda half, dtype, metric: tiles.Blocks(16, 16, 16, 4, 2))
-    monkeypatch.setattr(tiles, "pull", lambda half, dtype, metric: (tiles.Blocks(16, 16, 16, 4, 2), 16))
+    monkeypatch.setattr(tiles, "class_tile", lambda *_: tiles.Blocks(16, 16, 16, 4, 2))
+    monkeypatch.setattr(tiles, "pull", lambda *_: (tiles.Blocks(16, 16, 16, 4, 2), 16))
     monkeypatch.setattr(tiles, "WEIGHTS", {True: 0, False: 0})
 
 
@@ -147,7 +147,7 @@ def test_nan_propagates_as_in_the_reference(op, place):
 @each_served
 @pytest.mark.parametrize("place", [0, 1])
 def test_inf_propagates_as_in_the_reference(op, place):
-    """But for whether its own gradient is infinite or NaN: Σ w (x − y) of an infinite x, with w of one sign or of two."""
+    """But for whether its own gradient is infinite or NaN: Σ w (x − y) of an infinite x, with w of any signs."""
     arguments = with_a_bad_element(op, torch.inf, place)
     got, expected = results(op.of(fastda), arguments), results(op.of(fastda.reference), arguments)
     for name, result in got.items():
@@ -284,12 +284,14 @@ def test_second_derivatives_and_vmap(metric):
         return torch.autograd.grad(gradient.square().sum(), support)[0]
 
     assert_close(second(fastda), second(fastda.reference))
-    per_episode = [
-        torch.func.vmap(
-            torch.func.grad(lambda s, y, q, t: module.prototypical_loss(s, y, q, t, num_classes, metric=metric))  # noqa: B023
-        )(support, labels, queries, targets)
-        for module in (fastda, fastda.reference)
-    ]
+
+    def each(module):
+        def loss(support, *rest):
+            return module.prototypical_loss(support, *rest, num_classes, metric=metric)
+
+        return torch.func.vmap(torch.func.grad(loss))(support, labels, queries, targets)
+
+    per_episode = [each(module) for module in (fastda, fastda.reference)]
     assert_close(*per_episode)
 
 

@@ -171,10 +171,10 @@ def episode_kernel(
         distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
         close = (distance < CLOSE * scale) | (distance != distance)  # Inf − Inf is no distance
         close &= in_rows[:, None] & in_classes[None, :]
-        if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
+        if tl.max(close.to(tl.int32)) > 0:
             exact = differences_squared(
-                queries, queries_row, rows, in_rows, prototypes, num_features, classes, in_classes, num_features,
-                ACCUMULATOR,
+                queries, queries_row, tl.minimum(rows, num_queries - 1), prototypes, num_features,
+                tl.minimum(classes, num_classes - 1), num_features, ACCUMULATOR,
             )  # fmt: skip
             distance = tl.where(close, exact, distance)
         if METRIC == "euclidean":

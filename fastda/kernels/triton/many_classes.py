@@ -108,6 +108,8 @@ def distance_tile(
     in_rows,
     classes,
     there,
+    num_queries,
+    num_classes,
     num_features,
     METRIC: tl.constexpr,
     RAW: tl.constexpr,
@@ -153,13 +155,15 @@ def distance_tile(
         if CLOSE > 0.0 and RAW:
             distance = tl.where(distance < CLOSE * tl.abs(scale), 0.0, distance)
         elif CLOSE > 0.0:
+            # The mark stays in place of the distance: masks that live through the loop take registers.
             close = in_rows[:, None] & there[None, :] & (distance < CLOSE * scale)
-            if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
+            distance = tl.where(close, -1.0, distance)
+            if tl.min(distance) < 0.0:
                 exact = differences_squared(
-                    exact_queries, exact_row, rows, in_rows, prototypes, prototypes_row, classes, there, num_features,
-                    ACCUMULATOR,
+                    exact_queries, exact_row, tl.minimum(rows, num_queries - 1), prototypes, prototypes_row,
+                    tl.minimum(classes, num_classes - 1), num_features, ACCUMULATOR,
                 )  # fmt: skip
-                distance = tl.where(close, exact, distance)
+                distance = tl.where(distance < 0.0, exact, distance)
         if METRIC == "euclidean":
             distance = tl.sqrt(distance)
         return distance
@@ -234,8 +238,8 @@ def sweep_kernel(
         there = (of_class < 0.0) == 0  # NaN is there
         distance = distance_tile(
             queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row,
-            exact_row, prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR,
-            OPERAND, PRECISION, BLOCK_K,
+            exact_row, prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC,
+            RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
         )  # fmt: skip
         logits = distance * (-1.0 / t)
         if SMOOTHED:
@@ -374,8 +378,8 @@ def weights_kernel(
     there = (of_class < 0.0) == 0
     distance = distance_tile(
         queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-        prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND,
-        PRECISION, BLOCK_K,
+        prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
+        ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
     )  # fmt: skip
     t = tl.load(temperature + batch)
     counted = in_rows
@@ -483,8 +487,8 @@ def distances_kernel(
     there = (of_class < 0.0) == 0
     distance = distance_tile(
         queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-        prototypes_row, rows, in_rows, classes, there, num_features, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND,
-        PRECISION, BLOCK_K,
+        prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
+        ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
     )  # fmt: skip
     offsets = place[:, None] * num_classes + classes[None, :]
     mask = in_rows[:, None] & in_classes[None, :]
@@ -657,10 +661,13 @@ def pull_kernel(
     BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """A tile of the gradient of the prototypes (these programs come first, since they run longest) or of the queries."""
+    """A tile of the gradient of the prototypes (these programs come first: they run longest) or of the queries."""
     program = tl.program_id(0)
-    of_class = (width + BLOCK - 1) // BLOCK * ((num_features + CLASS_WIDTH - 1) // CLASS_WIDTH) if NEED_PROTOTYPES else 0
-    of_query = (num_queries + BLOCK - 1) // BLOCK * ((num_features + WIDTH - 1) // WIDTH) if NEED_QUERIES else 0
+    of_class, of_query = 0, 0
+    if NEED_PROTOTYPES:
+        of_class = (width + BLOCK - 1) // BLOCK * ((num_features + CLASS_WIDTH - 1) // CLASS_WIDTH)
+    if NEED_QUERIES:
+        of_query = (num_queries + BLOCK - 1) // BLOCK * ((num_features + WIDTH - 1) // WIDTH)
     each = of_class + of_query
     local = program % each
     batch = (program // each).to(tl.int64)
@@ -681,8 +688,8 @@ def pull_kernel(
             columns = local % column_blocks * CLASS_WIDTH + tl.arange(0, CLASS_WIDTH)
             in_columns = columns < num_features
             result = weighed_sum(
-                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries, num_queries,
-                columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
+                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries,
+                num_queries, columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip
             parts = class_sums + batch * parts_of_classes * width
             total = sum_of_parts(parts, width, parts_of_classes, rows, in_rows, ACCUMULATOR)

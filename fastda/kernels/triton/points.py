@@ -16,8 +16,8 @@ kernel = functools.partial(
         "first_class", "ignore_index", "parts_of_queries", "parts_of_classes",
     ),
 )  # fmt: skip
-"""A kernel that is compiled anew for no size and no stride, but for numbers of features that are multiples of 16 or not,
-which decides how wide it reads; ALIGN says the same of the strides."""
+"""A kernel that is compiled anew for no size and no stride, but for numbers of features that are multiples of 16 or
+not, which decides how wide it reads; ALIGN says the same of the strides."""
 
 
 @triton.jit
@@ -35,16 +35,14 @@ def centre_of(p, in_rows):
 
 
 @triton.jit
-def differences_squared(
-    q, q_row, rows, in_rows, p, p_row, classes, in_classes, num_features, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Σ(q − p)² of each pair, feature by feature: slow, and exact where the expansion cancels."""
+def differences_squared(q, q_row, rows, p, p_row, classes, num_features, DTYPE: tl.constexpr):
+    """Σ(q − p)² of each pair of rows, all of which exist, feature by feature: slow, and exact where the expansion
+    cancels."""
     total = tl.zeros((rows.shape[0], classes.shape[0]), DTYPE)
     q += rows.to(tl.int64) * q_row
     p += classes.to(tl.int64) * p_row
     for _ in range(0, num_features):
-        a, b = tl.load(q, in_rows, other=0.0).to(DTYPE), tl.load(p, in_classes, other=0.0).to(DTYPE)
-        difference = a[:, None] - b[None, :]
+        difference = tl.load(q).to(DTYPE)[:, None] - tl.load(p).to(DTYPE)[None, :]
         total += difference * difference
         q += 1
         p += 1

@@ -1,4 +1,4 @@
-"""Class means and episodes on Triton: each function takes and gives what the op of torch.ops.fastda of its name does."""
+"""Class means and episodes on Triton: each function takes and gives what the op of its name in torch.ops.fastda does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def check_labels(name: str, labels: Tensor, shape: torch.Size) -> None:
     """The public function names what is wrong; this keeps a direct call of the op from reading past the end."""
     if labels.shape != shape or labels.dtype != torch.int64:
         raise ValueError(
-            f"{name}: expected int64 of shape {tuple(shape)}, got {labels.dtype} of {tuple(labels.shape)}; pass one a row"
+            f"{name}: expected int64 of shape {tuple(shape)}, got {labels.dtype} of shape {tuple(labels.shape)}; "
+            f"pass one a row"
         )
 
 

@@ -1,4 +1,4 @@
-"""Queries against prototypes on Triton: each function takes and gives what the op of torch.ops.fastda of its name does."""
+"""Queries against prototypes on Triton: each function takes and gives what the op of its name in torch.ops does."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Points:
 
     @property
     def blocks(self) -> tiles.Blocks:
-        return tiles.class_tile(self.raw, self.queries.dtype, self.metric)
+        return tiles.class_tile(self.raw, self.queries.dtype, self.metric, self.close > 0)
 
     @property
     def constants(self) -> dict[str, object]:
@@ -88,7 +88,8 @@ def check(queries: Tensor, prototypes: Tensor) -> None:
     """The public function names what is wrong; this keeps a direct call of the op from reading past the end."""
     if prototypes.shape[:-2] != queries.shape[:-2] or prototypes.shape[-1] != queries.shape[-1]:
         expected = f"the batch dimensions and features of queries, {tuple(queries.shape)}"
-        raise ValueError(f"prototypes: expected {expected}, got shape {tuple(prototypes.shape)}; pass matching features")
+        got = f"shape {tuple(prototypes.shape)}"
+        raise ValueError(f"prototypes: expected {expected}, got {got}; pass matching features")
     if prototypes.dtype != queries.dtype:
         raise TypeError(f"prototypes: expected {queries.dtype}, got {prototypes.dtype}; convert it")
 
