@@ -171,8 +171,8 @@ def recommend(
 
     Source: the rules: Yosinski et al., How transferable are features in deep neural networks, NIPS 2014; Howard &
     Ruder, ULMFiT, ACL 2018; Kornblith, Shlens & Le, Do better ImageNet models transfer better, CVPR 2019. That
-    aligning the inputs can hurt where class frequencies differ: Zhao et al., On learning invariant representations for domain
-    adaptation, ICML 2019.
+    aligning the inputs can hurt where class frequencies differ: Zhao et al., On learning invariant representations for
+    domain adaptation, ICML 2019.
 
     Example:
         >>> import fastda
