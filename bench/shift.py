@@ -163,15 +163,15 @@ At the 5 % level, all tests of a diagnosis together:
 
 ## Intervals of class frequencies
 
-How often, in % of the repeats, the frequency from which the target's labels were drawn lies within its 95 % interval, by
-digit:
+How often, in % of the repeats, the frequency from which the target's labels were drawn lies within its 95 %
+interval, by digit:
 
 {table(["", "repeats", *map(str, range(10)), "lowest"], coverage)}
 
 ## What correcting the predictions gains
 
-Accuracy on the target in %, before and after `LabelShift.correct`, mean over {len(intervals[LABEL_SHIFTS[0]])} data sets and
-95 % interval of the difference:
+Accuracy on the target in %, before and after `LabelShift.correct`, mean over
+{len(intervals[LABEL_SHIFTS[0]])} data sets and 95 % interval of the difference:
 
 {table(["", "before", "after", "gain, points"], gains)}
 """

@@ -89,6 +89,17 @@ def test_same_seed_same_bits_and_another_seed_other_permutations():
     assert torch.equal(one.null, again.null) and not torch.equal(one.null, other.null)
 
 
+def test_the_number_of_threads_changes_no_bit_of_the_forms():
+    points, coefficients = torch.randn(1600, 3, dtype=torch.float64), torch.randn(1600, 9)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(kernel_forms.quadratic_forms(points, coefficients, bandwidth=2.0))
+        assert torch.get_num_threads() == threads
+    for other in found[1:]:
+        assert torch.equal(other.quadratic, found[0].quadratic) and torch.equal(other.row_sums, found[0].row_sums)
+
+
 def test_its_level_is_kept():
     """At 5 %, 300 data sets of one distribution: 15 expected, more than 27 once in 500 times."""
     generator = torch.Generator().manual_seed(0)

@@ -169,10 +169,10 @@ def recommend(
     Raises:
         TypeError, ValueError: counts below 0, unknown options.
 
-    Source: the rules: Yosinski et al., How transferable are features in deep neural networks, NIPS 2014; Howard & Ruder,
-    ULMFiT, ACL 2018; Kornblith, Shlens & Le, Do better ImageNet models transfer better, CVPR 2019. That aligning the
-    inputs can hurt where class frequencies differ: Zhao et al., On learning invariant representations for domain
-    adaptation, ICML 2019.
+    Source: the rules: Yosinski et al., How transferable are features in deep neural networks, NIPS 2014; Howard &
+    Ruder, ULMFiT, ACL 2018; Kornblith, Shlens & Le, Do better ImageNet models transfer better, CVPR 2019. That
+    aligning the inputs can hurt where class frequencies differ: Zhao et al., On learning invariant representations for
+    domain adaptation, ICML 2019.
 
     Example:
         >>> import fastda
@@ -279,8 +279,8 @@ def _answer(case: Case) -> Recommendation:
     elif case.kinds == ("label",):
         method, gain = "reweight", "moderate"
         reason = (
-            "only the class frequencies have changed: the model is right about each class, and its probabilities need no "
-            "more than the new frequencies; to align the domains would make it worse"
+            "only the class frequencies have changed: the model is right about each class, and its probabilities need "
+            "no more than the new frequencies; to align the domains would make it worse"
         )
     elif case.labelled == 0 and case.unlabelled == 0:
         method, gain = "source-only", "none"

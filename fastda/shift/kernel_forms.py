@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,20 +68,54 @@ def quadratic_forms(
     with_ones = torch.cat([coefficients, coefficients.new_ones(count, 1)], 1)
     quadratic = torch.zeros(coefficients.shape[1], dtype=torch.float64, device=points.device)
     row_sums = torch.zeros(count, dtype=torch.float64, device=points.device)
-    entries = count * (count + 1) // 2
-    with progress_bar(progress, total=entries, unit="entry", unit_scale=True, desc=name) as bar:
-        for top in range(0, count, ROWS):
-            rows = slice(top, min(top + ROWS, count))
-            height = rows.stop - top
-            for start in range(top, count, COLUMNS):
-                columns = slice(start, min(start + COLUMNS, count))
-                tile = left[rows] @ right[columns].T
-                tile = tile.clamp_(max=0).float().exp_() if bandwidth is not None else tile.square_()
-                if start == top:
-                    tile[:, :height].triu_(1)
-                products = tile @ with_ones[columns]
-                row_sums[rows] += products[:, -1]
-                row_sums[columns] += tile.sum(0)
-                quadratic += 2 * (coefficients[rows] * products[:, :-1]).sum(0, dtype=torch.float64)
-                bar.update(tile.numel() if start > top else tile.numel() - height * (height - 1) // 2)
+
+    @torch.no_grad()
+    def block(top: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """ROWS rows from the diagonal on: what they give of the forms, their own sums, and their columns'."""
+        rows = slice(top, min(top + ROWS, count))
+        height = rows.stop - top
+        forms, own, others = (
+            torch.zeros_like(quadratic),
+            torch.zeros_like(row_sums[rows]),
+            torch.zeros_like(row_sums[top:]),
+        )
+        for start in range(top, count, COLUMNS):
+            columns = slice(start, min(start + COLUMNS, count))
+            tile = left[rows] @ right[columns].T
+            tile = tile.clamp_(max=0).float().exp_() if bandwidth is not None else tile.square_()
+            if start == top:
+                tile[:, :height].triu_(1)
+            products = tile @ with_ones[columns]
+            own += products[:, -1]
+            others[start - top : columns.stop - top] += tile.sum(0)
+            forms += 2 * (coefficients[rows] * products[:, :-1]).sum(0, dtype=torch.float64)
+        return height, forms, own, others
+
+    threads = torch.get_num_threads() if points.device.type == "cpu" else 1
+    tops = range(0, count, ROWS)
+    with progress_bar(progress, total=count * (count + 1) // 2, unit="entry", unit_scale=True, desc=name) as bar:
+        with one_thread_each(threads) as executor:
+            for top, (height, forms, own, others) in zip(
+                tops, executor.map(block, tops)
+            ):  # in order: always the same bits
+                quadratic += forms
+                row_sums[top : top + height] += own
+                row_sums[top:] += others
+                bar.update(height * (count - top) - height * (height - 1) // 2)
     return Forms(quadratic, row_sums, diagonal)
+
+
+@contextmanager
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, in each of which PyTorch uses one.
+
+    Threads that share each small operation wait for each other at its end, which on a machine that does something else
+    as well takes many times the operation's own time; these do not wait.
+    """
+    before = torch.get_num_threads()
+    executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+        torch.set_num_threads(before)  # of the matrix library there is one setting for all threads

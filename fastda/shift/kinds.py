@@ -84,8 +84,9 @@ def diagnose(
     """What kind of shift lies between two samples, how large it is, and what to do about it.
 
     Four tests ask whether p(x) changed: MMD, a domain classifier, each feature by itself, and how often each class is
-    predicted. With target labels there is the error, and, where all are known, how often each class occurs. Together they raise an alarm
-    without a shift with a probability of at most `alpha` (Bonferroni). What is found then is told apart:
+    predicted. With target labels there is the error, and, where all are known, how often each class occurs. Together
+    they raise an alarm without a shift with a probability of at most `alpha` (Bonferroni). What is found then is told
+    apart:
 
     - **label shift**, p(y) differs and p(x | y) does not: classes are predicted with other frequencies, and the source,
       its classes weighted by the estimated ones, cannot be told from the target.
@@ -259,7 +260,8 @@ def prepare(
             if new:
                 warnings.append(
                     f"the target has {'a class' if len(new) == 1 else 'classes'} that the source has not: "
-                    f"{', '.join(map(str, new[:5]))}; no method that aligns the domains can learn it, label some samples"
+                    f"{', '.join(map(str, new[:5]))}; no method that aligns the domains can learn it, "
+                    "label some samples"
                 )
     parts = []
     for x, which in ((source, "source"), (target, "target")):
@@ -412,8 +414,8 @@ def blind_spots(
             )
         else:
             found.append(
-                "the domains differ in their means, and not measurably in their covariances: CORAL sees this shift only "
-                "with mean_weight above 0"
+                "the domains differ in their means, and not measurably in their covariances: CORAL sees this shift "
+                "only with mean_weight above 0"
             )
     if labels is not None and labels.condition > LARGEST_CONDITION:
         found.append(

@@ -111,7 +111,8 @@ def estimate_label_shift(
         least norm, and the intervals of these classes go from 0 to 1.
 
     Raises:
-        TypeError, ValueError: labels and probabilities that do not fit together; fewer than 2 source samples of a class.
+        TypeError, ValueError: labels and probabilities that do not fit together; a class with fewer than 2 source
+            samples.
 
     Source: Lipton, Wang & Smola, Detecting and correcting for label shift with black box predictors, ICML 2018; the
     intervals by the delta method, inverted as in Wilson, Probable inference, JASA 22, 1927.
@@ -164,7 +165,8 @@ def class_names(labels: list, columns: int | None, classes: Sequence | None) -> 
         )
     if len(classes) < 2:
         raise ValueError(
-            f"source_labels: expected at least 2 classes, got {len(classes)}; leave labels away to compare features alone"
+            f"source_labels: expected at least 2 classes, got {len(classes)}; "
+            "leave labels away to compare features alone"
         )
     return classes
 

@@ -217,7 +217,8 @@ class ShiftReport:
         labelled = f", {self.num_labelled} of them labelled" if self.num_labelled else ""
         return (
             f"{self.summary[0].upper()}{self.summary[1:]}.\n"
-            f"{self.num_source} source samples, {self.num_target} of the target{labelled}; {self.num_features} features."
+            f"{self.num_source} source samples, {self.num_target} of the target{labelled}; "
+            f"{self.num_features} features."
         )
 
     def _sections(self) -> list[Section]:
@@ -245,7 +246,8 @@ class ShiftReport:
             ("test", "question", "statistic", "p", "adjusted", "differs"),
             tuple(rows),
             (False, False, True, True, True, False),
-            f"Adjusted for their number (Bonferroni): one false alarm among all of them in {1 / self.alpha:.0f} data sets at "
+            f"Adjusted for their number (Bonferroni): one false alarm among all of them in {1 / self.alpha:.0f} data "
+            "sets at "
             "most.",
         )
 

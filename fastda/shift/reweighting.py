@@ -199,7 +199,10 @@ def concept_drift(
     noise = math.sqrt(sum(s * (1 - s) / (n + 2) for s, n in zip(shares, (effective, len(target_wrong)))))
     centre, half = shares[1] - shares[0], normal_quantile(0.95) * noise
     if not unsettled and effective < LEAST_EFFECTIVE_SAMPLES:
-        unsettled = f"the weights that make the source look like the target leave {effective:.0f} of {len(source_wrong)} samples"
+        unsettled = (
+            f"the weights that make the source look like the target leave {effective:.0f} of "
+            f"{len(source_wrong)} samples"
+        )
     return ConceptDrift(
         source_error=float(source_wrong.mean()),
         target_error=target_error,
