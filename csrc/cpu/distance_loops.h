@@ -217,7 +217,7 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
                     const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
                     T* out, int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t chunk = form == Sum::shared_differences ? 32 : 256;  // of samples: short sums are exact ones
+  constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
   typename G::Vector sum[rows][vectors];
   const T *x_rows[rows], *w_rows[rows];
   T totals[most_summed_rows + rows] = {};
@@ -253,8 +253,9 @@ template <typename T, Sum form>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
                     const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
                     T* out, int64_t out_stride) {
-  constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
-  constexpr int64_t many = wide ? 10 : 5, few = 5, of_many = 2, of_few = wide ? 4 : 2;
+  constexpr bool wide = FASTDA_VECTOR_BYTES == 64, differences = form == Sum::differences;  // these hold the rows too
+  constexpr int64_t many = wide ? 10 : 5, few = 5;
+  constexpr int64_t of_many = differences ? 1 : 2, of_few = (wide ? 4 : 2) / (differences ? 2 : 1);
   const int64_t rest = count % many, whole = rest <= few ? count - rest : count;
   const auto split = [&](int64_t vectors) {
     const int64_t at_once = vectors * Grid<T>::lanes;
@@ -284,7 +285,7 @@ void sum_samples_of(Sum form, const T* x, int64_t x_stride, int64_t count, const
                     int64_t width, Put put, T* out, int64_t out_stride) {
   const auto run = form == Sum::products             ? &sum_samples_of<T, Sum::products>
                    : form == Sum::shared_differences ? &sum_samples_of<T, Sum::shared_differences>
-                                                     : &sum_samples_of<T, Sum::differences, 5, 1>;
+                                                     : &sum_samples_of<T, Sum::differences>;
   run(x, x_stride, count, w, w_row, w_step, c, y, y_stride, samples, begin, end, width, put, out, out_stride);
 #if FASTDA_X86
   if (put == Put::stream) asm volatile("sfence" ::: "memory");  // before another thread is told that it is done

@@ -297,8 +297,9 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
   if (least >= worth_packing && x.is_finite() && y.is_finite()) {
     return sum_packed(x, rows, y, samples, w, metric, put == Put::add, out);
   }
-  constexpr int64_t worth_sharing = 1 << 14;  // multiplications; of a few, each difference is the more exact way
-  const bool large = rows.size() * samples.size() * x.features() >= worth_sharing;
+  // Of large sums of a few terms; of more terms, or less work, each difference on its own is the more exact way.
+  constexpr int64_t worth_sharing = 1 << 14, few_terms = 16;
+  const bool large = rows.size() * samples.size() * x.features() >= worth_sharing && samples.size() <= few_terms;
   const T* centre = metric != Metric::cosine && large ? y.finite_row(samples) : nullptr;
   const Sum form = metric == Metric::cosine ? Sum::products : centre ? Sum::shared_differences : Sum::differences;
   // Where rows outnumber samples, rows pass by and the samples stay; else the other way round.
