@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("methods", "training", "finetuning", "fewshot", "shift", "sklearn", "patching")
+MODULES = ("methods", "training", "finetuning", "fewshot", "shift", "sklearn", "patching", "data_files")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES
@@ -21,7 +21,7 @@ CALLABLES = [
 RESULTS = {
     *("Passed", "Layer", "Evaluation", "Fit", "Episode", "EpisodeAccuracy"),
     *("MMD", "CORALDistance", "ConceptDrift", "Confidence", "FeatureTests", "LabelShift", "ProxyADistance"),
-    *("Recommendation", "Scenario", "ShiftReport", "Step", "Test"),
+    *("Recommendation", "Scenario", "ShiftReport", "Step", "Test", "Samples"),
 }
 WITHOUT_EXAMPLE = {"Term", "CORALTerm", "DomainAdversarialTerm", "predict", *RESULTS}
 

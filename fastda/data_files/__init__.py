@@ -1,0 +1,6 @@
+"""Samples of features or images, with labels or without, from the files that people have."""
+
+from .opening import open_pair, open_samples
+from .samples import Samples
+
+__all__ = ["Samples", "open_pair", "open_samples"]
