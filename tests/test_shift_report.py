@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -77,7 +78,34 @@ def test_every_warning_is_shown():
     report = diagnose(known.source, known.target, known.source_labels, progress=False)
     flat = " ".join(str(report).split())
     assert report.warnings and all(f"Warning: {warning}." in flat for warning in report.warnings)
-    assert "Label shift was not found" in flat
+
+
+def test_class_frequencies_are_shown_only_where_they_hold():
+    """Black-box estimation presupposes that p(x | y) is the same, which covariate shift is not."""
+    from fastda.shift.figure import draw
+
+    for name, given, shown in (
+        ("covariate: noise", False, False),
+        ("covariate: noise", True, True),  # counted
+        ("label: three rare classes", False, True),
+        ("none", False, True),
+    ):
+        known = make(name, 0)
+        labels = known.target_labels if given else None
+        report = diagnose(known.source, known.target, known.source_labels, labels, progress=False)
+        assert report.kinds == known.kinds and report.frequencies_hold == shown
+        assert ("Class frequencies" in str(report)) == shown
+        assert report.to_dict()["label_shift"]["frequencies_hold"] == shown
+        assert len(draw(report).axes) == (3 if shown else 2)
+
+
+def test_no_accuracy_is_expected_of_a_classifier_that_is_surer_where_it_was_never_trained():
+    known = make("covariate: phone", 0)
+    report = diagnose(known.source, known.target, known.source_labels, progress=False)
+    assert report.confidence.drop < 0 and not report.accuracy_falls
+    assert "accuracy expected" not in str(report) and f"{100 * report.confidence.source_accuracy:.1f}" in str(report)
+    surer = dataclasses.replace(report.confidence, drop=0.1)
+    assert "accuracy expected" in str(dataclasses.replace(report, confidence=surer))
 
 
 def test_the_json_has_every_number(report, tmp_path):

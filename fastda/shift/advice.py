@@ -117,7 +117,11 @@ class Recommendation:
         lines = [f"recommended: {self.title}", f"  {self.reason}.", f"  gain to expect: {self.gain}."]
         lines += [f"  {self.evidence}."] if self.evidence else []
         lines += [f"  the two rules disagree: {self.disagreement}."] if self.disagreement else []
-        lines += ["", "simplest first:"]
+        return "\n".join([*lines, "", self.how()])
+
+    def how(self) -> str:
+        """The way there, simplest first, advice against overfitting, and the code."""
+        lines = ["simplest first:"]
         lines += [f"  {number}. {step.title}: {step.reason}" for number, step in enumerate(self.steps, 1)]
         if self.next_step is not None:
             lines.append(f"  if that is not enough: {self.next_step.title}: {self.next_step.reason}")

@@ -21,12 +21,15 @@ def formats() -> tuple[str, ...]:
 def draw(report: ShiftReport) -> Figure:
     """Panels for what there is. The canvas is Agg's own, so that no display is needed."""
     panels = [draw_features]
-    if report.label_shift is not None:
-        panels = [draw_classes, draw_features, draw_sureness]
+    if report.confidence is not None:
+        panels = [draw_features, draw_sureness]
+    if report.frequencies_hold:
+        panels.insert(0, draw_classes)
     figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_wrapped(f"{report.summary[0].upper()}{report.summary[1:]}", 52 * len(panels)), fontsize=12)
-    ratios = [1.4, 1.2, 0.8] if len(panels) == 3 else [1]
+    widths = {draw_classes: 1.4, draw_features: 1.2, draw_sureness: 0.8}
+    ratios = [widths[panel] for panel in panels]
     for panel, axes in zip(panels, figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]):
         panel(axes, report)
         axes.spines[["top", "right"]].set_visible(False)
@@ -74,7 +77,7 @@ def draw_sureness(axes: Axes, report: ShiftReport) -> None:
     bars.append(("source\naccuracy", sure.source_accuracy, SOURCE))
     if report.concept is not None:
         bars.append(("target\naccuracy", 1 - report.concept.target_error, TARGET))
-    else:
+    elif report.accuracy_falls:
         bars.append(("target\nexpected", sure.expected_target_accuracy, TARGET))
     drawn = axes.bar([name for name, *_ in bars], [100 * value for _, value, _ in bars], color=[c for *_, c in bars])
     axes.bar_label(drawn, fmt="%.0f")

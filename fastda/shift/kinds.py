@@ -424,8 +424,8 @@ def blind_spots(
         )
     if kinds == ("covariate",) and data.classes and not data.known.any():
         found.append(
-            "without target labels, a label shift beside the covariate shift cannot be excluded: the estimated class "
-            "frequencies hold only where p(x | y) is the same in both domains"
+            "without target labels, a label shift beside the covariate shift cannot be excluded: class frequencies can "
+            "be estimated only where p(x | y) is the same in both domains, and are not shown"
         )
     if "covariate" in kinds and not data.classes:
         found.append("without source labels, label shift cannot be told from covariate shift: pass them")

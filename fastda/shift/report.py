@@ -87,13 +87,14 @@ class ShiftReport:
         kinds: "covariate", "label", "concept", those that were found, in this order; () for no shift.
         tests: the questions, with what came out.
         proxy_a_distance, mmd, coral, features: how far apart, and in what; of standardised features.
-        label_shift: class frequencies; None without source labels. Where "label" is not among the kinds, the target's
-            are what label shift alone would have given.
+        label_shift: class frequencies; None without source labels. Where `frequencies_hold` is False, the target's are
+            what label shift alone would have given, and no table shows them.
         concept: the unexplained error; None without target labels.
         confidence: its drop; None without source labels.
         warnings: what could not be seen.
         num_source, num_target, num_features, num_labelled, num_unlabelled: of the data; the last two of the target's.
         alpha: probability of a false alarm.
+        situation: arguments of :func:`fastda.recommend` beyond those that the report knows, or other than them.
     """
 
     kinds: tuple[str, ...]
@@ -112,6 +113,19 @@ class ShiftReport:
     num_labelled: int
     num_unlabelled: int
     alpha: float
+    situation: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def frequencies_hold(self) -> bool:
+        """The target's class frequencies are counted, or estimated where p(x | y) is the same in both domains."""
+        if self.label_shift is None:
+            return False
+        return self.num_labelled == self.num_target or "label" in self.kinds or not self.kinds
+
+    @property
+    def accuracy_falls(self) -> bool:
+        """Accuracy can be told from confidence: there is no shift of inputs that makes the classifier surer."""
+        return self.confidence is not None and ("covariate" not in self.kinds or self.confidence.drop > 0)
 
     @property
     def coral_is_blind(self) -> bool:
@@ -150,7 +164,8 @@ class ShiftReport:
     @property
     def recommendation(self) -> Recommendation:
         """What to do about it."""
-        return recommend(self.num_labelled, self.num_unlabelled, shift=self)
+        case = {"labelled": self.num_labelled, "unlabelled": self.num_unlabelled, "shift": self}
+        return recommend(**case | self.situation)
 
     def table(self, width: int = WIDTH) -> str:
         """All of it as text: rich's tables where rich is installed, plain ones elsewhere."""
@@ -223,7 +238,7 @@ class ShiftReport:
 
     def _sections(self) -> list[Section]:
         sections = [self._tests(), self._distances()]
-        if self.label_shift is not None:
+        if self.frequencies_hold:
             sections.append(self._classes())
         if self.features.different:
             sections.append(self._features())
@@ -265,13 +280,17 @@ class ShiftReport:
         if self.confidence is not None:
             c = self.confidence
             rows.append(("confidence, %", f"{100 * c.target:.1f}", f"{100 * c.source:.1f} on the source"))
-            rows.append(
-                (
-                    "accuracy expected, %",
-                    f"{100 * c.expected_target_accuracy:.1f}",
-                    f"if it falls as confidence does, from {100 * c.source_accuracy:.1f}",
+            if self.accuracy_falls:
+                rows.append(
+                    (
+                        "accuracy expected, %",
+                        f"{100 * c.expected_target_accuracy:.1f}",
+                        f"if it falls as confidence does, from {100 * c.source_accuracy:.1f}",
+                    )
                 )
-            )
+            else:
+                words = "on the source; surer still of other inputs, it tells nothing of them"
+                rows.append(("accuracy, %", f"{100 * c.source_accuracy:.1f}", words))
         if self.concept is not None:
             c = self.concept
             rows.append(
@@ -308,8 +327,8 @@ class ShiftReport:
         ]
         left = len(shift.classes) - len(rows)
         note = f"{left} classes that changed less are left out. " if left else ""
-        if "label" not in self.kinds and self.num_labelled < self.num_target:
-            note += "Label shift was not found: the target's are what they would be if p(x | y) had not changed."
+        if "covariate" in self.kinds and self.num_labelled < self.num_target:
+            note += "Estimated as if p(x | y) were the same in both domains, which it is not quite."
         return Section(
             "Class frequencies, %",
             ("class", "source", "target", f"{100 * shift.level:g} % interval", "weight", "changed"),
@@ -337,6 +356,8 @@ class ShiftReport:
         advice = self.recommendation
         lines.append(f"Recommended: {advice.title}.")
         lines.append(f"{advice.reason[0].upper()}{advice.reason[1:]}. Gain to expect: {advice.gain}.")
+        if advice.evidence:
+            lines.append(f"Measured {advice.evidence}.")
         if advice.disagreement:
             lines.append(f"The two rules disagree: {advice.disagreement}.")
         return "\n".join(lines)
@@ -348,6 +369,7 @@ class ShiftReport:
         fields["summary"] = self.summary
         if self.label_shift is not None:
             fields["label_shift"]["changed"] = _plain_value(self.label_shift.changed)
+            fields["label_shift"]["frequencies_hold"] = self.frequencies_hold
         fields["recommendation"] = self.recommendation.to_dict() | {
             "steps": [s.method for s in self.recommendation.steps]
         }
