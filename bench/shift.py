@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from fastda.benchmarks.machine import cores, processor
 from fastda.benchmarks.record import git_revision
-from fastda.demo.command import one_thread
 from fastda.files import write_atomically
 from fastda.shift import diagnose, estimate_label_shift, mmd
 from fastda.shift.known_shifts import KNOWN_SHIFTS, make
 from fastda.shift.logistic import cross_fitted
+from fastda.threads import one_thread
 
 LABEL_SHIFTS = ("label: one rare class", "label: three rare classes")
 REPEATS = {"none": 100, **dict.fromkeys(LABEL_SHIFTS, 100)}

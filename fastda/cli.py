@@ -44,6 +44,12 @@ COMMANDS = {
         example="fastda demo",
         extra="demo",
     ),
+    "diagnose": Command(
+        module="fastda.shift.command",
+        summary="tell what kind of shift lies between two files of samples, and what to do about it",
+        example="fastda demo --write-data shift && fastda diagnose shift/source.npz shift/target.npz",
+        extra="shift",
+    ),
     "doctor": Command(
         module="fastda.doctor",
         summary="show versions, the compiled core, and which backend serves which op, and why",
@@ -72,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser(called, module).parse_args(argv)
         return module.run(args)
     except ModuleNotFoundError as error:
+        if "pip install" in str(error):  # it says itself what to do
+            return fail(f"fastda {called}: error: {error}")
         missing = (error.name or "").partition(".")[0]
         if not called or not COMMANDS[called].extra or missing in ("", "fastda"):
             raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -30,6 +32,19 @@ def test_each_command_has_help_with_an_example(name, capsys):
         cli.main([name, "--help"])
     assert stopped.value.code == 0
     assert cli.COMMANDS[name].example in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_example_is_a_call_of_its_command(name):
+    """Every part of it parses, and one is of the command itself; that it runs is in the command's own tests."""
+    called = []
+    for part in cli.COMMANDS[name].example.split("&&"):
+        program, *arguments = shlex.split(part)
+        assert program == "fastda"
+        called.append(arguments[0])
+        module = importlib.import_module(cli.COMMANDS[arguments[0]].module)
+        assert cli.parser(arguments[0], module).parse_args(arguments)
+    assert name in called
 
 
 def test_python_m_fastda(tmp_path):
@@ -70,6 +85,12 @@ def test_a_missing_extra_is_one_sentence(where, command, capsys):
     assert cli.main(["try"]) == 1
     sentence = "fastda try needs no_such_package, which is not installed: pip install 'fastda-kernels[demo]'\n"
     assert capsys.readouterr().err == sentence
+
+
+def test_an_error_that_says_what_to_install_is_left_as_it_is(command, capsys):
+    command(run="raise ModuleNotFoundError('a.csv: pip install pyarrow', name='pyarrow')")
+    assert cli.main(["try"]) == 1
+    assert capsys.readouterr().err == "fastda try: error: a.csv: pip install pyarrow\n"
 
 
 def test_a_module_missing_from_fastda_itself_is_no_missing_extra(command):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from tqdm import tqdm
 
 from ..files import check_writable, write_atomically
+from ..threads import one_thread
+from .export import write_domains
 from .figure import draw
 from .report import number_of_steps, print_table, run_all
 from .train import STEPS
@@ -29,10 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--figure", type=Path, default=Path(FIGURE), metavar="FILE", help=f"PNG to write (default: {FIGURE})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of all seeds to FILE as well")
+    parser.add_argument(
+        "--write-data",
+        type=Path,
+        metavar="FOLDER",
+        help="train nothing: write both domains to source.npz and target.npz there, for fastda diagnose",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, print the table, write the figure; 0, or an error that names the argument."""
+    if args.write_data is not None:
+        return write_data(args.write_data)
     check(args)
     seeds = range(args.seeds)
     with one_thread():
@@ -57,6 +65,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def write_data(folder: Path) -> int:
+    """The domains as files, and what to try on them."""
+    try:
+        for path, words in write_domains(folder):
+            print(f"Wrote {path}: {words}")
+    except OSError as error:
+        raise ValueError(
+            f"--write-data: expected a folder that can be made or written to, got {str(folder)!r} "
+            f"({error.strerror}); choose another"
+        ) from error
+    print(f"Next: fastda diagnose {shlex.quote(str(folder / 'source.npz'))} {shlex.quote(str(folder / 'target.npz'))}")
+    return 0
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise a ValueError for what would fail only after minutes of training."""
     for name, value in (("--seeds", args.seeds), ("--steps", args.steps)):
@@ -64,14 +86,3 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     check_writable("--figure", args.figure)
     check_writable("--json", args.json)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that more threads cost more than they save, and the last bits depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
