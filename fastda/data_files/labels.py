@@ -9,6 +9,7 @@ import numpy as np
 from ..reference import checks
 
 UNKNOWN = -1
+LARGEST = 2**53  # beyond, float64 has no odd numbers
 
 
 def encode(where: str, values: np.ndarray, class_names: Sequence | None = None) -> tuple[np.ndarray, tuple]:
@@ -51,9 +52,9 @@ def _numbers(where: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers, and which of them are labels."""
     if values.dtype.kind == "f":
         known = ~np.isnan(values)
-        broken = known & (values != np.floor(values))
-        if broken.any() or np.isinf(values).any():
-            row = int(np.flatnonzero(broken | np.isinf(values))[0])
+        broken = known & ((values != np.floor(values)) | (np.abs(values) > LARGEST))
+        if broken.any():
+            row = int(np.flatnonzero(broken)[0])
             raise ValueError(
                 f"{where}: expected class labels, whole numbers or text, got {float(values[row])!r} at sample {row}; "
                 "continuous values are no classes: bin them first, or name another column with the classes"

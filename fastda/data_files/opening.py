@@ -100,6 +100,7 @@ def open_pair(
     *,
     label: str = "label",
     image_size: int | tuple[int, int] | None = None,
+    labelled: bool = True,
 ) -> tuple[Samples, Samples]:
     """Open a labelled source, and a target of the same shape, with the source's classes and columns.
 
@@ -107,6 +108,8 @@ def open_pair(
         source, target: paths, as of :func:`open_samples`; the two need not be of one format.
         label: name of the column, or key, that has the labels.
         image_size: pixels, side or (height, width): resize the images of folders.
+        labelled: insist on labels of the source, and on none in the target that are of other classes. Without, the
+            target has its own `class_names`, of which some have to be the source's if both have labels.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as of :func:`open_samples`.
@@ -125,14 +128,21 @@ def open_pair(
     """
     options = {"label": label, "image_size": image_size}
     first = open_samples(source, **options)
-    check_labelled(first, label)
-    second = open_samples(target, **options, class_names=first.class_names, feature_names=first.feature_names or None)
+    if labelled or first.labels is not None:
+        check_labelled(first, label)
+    same = {"class_names": first.class_names if labelled else None, "feature_names": first.feature_names or None}
+    second = open_samples(target, **options, **same)
     if {first.shape[0], second.shape[0]} == {1, 3} and first.shape[1:] == second.shape[1:]:  # one of them is grey
         if first.shape[0] == 1 and first.path.is_dir():
             first = open_samples(source, **options, channels=3)
-        elif second.path.is_dir():
-            second = open_samples(target, **options, class_names=first.class_names, channels=3)
+        elif second.shape[0] == 1 and second.path.is_dir():
+            second = open_samples(target, **options, **same, channels=3)
     check_same_shape(first, second)
+    if first.class_names and second.class_names and not set(first.class_names) & set(second.class_names):
+        raise ValueError(
+            f"{second.path}: expected labels of the classes of {first.path}, {listed(first.class_names)}, got "
+            f"{listed(second.class_names)}; label both alike, or name the column of labels (--label)"
+        )
     return first, second
 
 

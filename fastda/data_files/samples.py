@@ -100,14 +100,14 @@ class Samples:
             start += len(chunk)
         return torch.cat(parts), None if self.labels is None else self.labels[torch.from_numpy(chosen)]
 
-    def check_memory(self, count: int | None = None) -> None:
-        """Raise a ValueError where so many samples (by default all) do not fit into memory."""
+    def check_memory(self, count: int | None = None, copies: int = 1) -> None:
+        """Raise a ValueError where so many samples (by default all) do not fit into memory, so many times."""
         count = self.count if count is None else count
-        needed, there = 4 * count * math.prod(self.shape), available_memory()
+        needed, there = 4 * copies * count * math.prod(self.shape), available_memory()
         if there is not None and needed > there:
             raise ValueError(
                 f"{self.path}: expected samples that fit into memory, got {count} of shape {self.shape}, which take "
-                f"{gibibytes(needed)} where {gibibytes(there)} are there; take a part of the samples"
+                f"{gibibytes(needed)} to work with where {gibibytes(there)} are there; take fewer samples or features"
             )
 
     def _check_finite(self, block: np.ndarray, start: int) -> None:
