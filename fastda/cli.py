@@ -33,6 +33,12 @@ class Command:
 
 
 COMMANDS = {
+    "adapt": Command(
+        module="fastda.adapting.command",
+        summary="adapt a classifier from labelled data of your own to data without labels, or with some",
+        example="fastda adapt source.npz target.npz --out adapted",
+        extra="adapt",
+    ),
     "bench": Command(
         module="fastda.benchmarks.command",
         summary="measure the ops on this machine against plain and hand-written PyTorch, in under a minute",
@@ -59,6 +65,12 @@ COMMANDS = {
         module="fastda.patching.command",
         summary="run a program that uses another library, such as easyfsl, on fastda's ops",
         example="fastda patch -- python train.py",
+    ),
+    "predict": Command(
+        module="fastda.adapting.predict_command",
+        summary="classify samples with a model that fastda adapt wrote",
+        example="fastda predict adapted target.npz --out predictions.csv",
+        extra="adapt",
     ),
     "sinusoid": Command(
         module="fastda.fewshot.sinusoid_command",

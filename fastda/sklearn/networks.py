@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,23 +16,8 @@ from ..methods import DANN, DeepCORAL, Method, SourceOnly
 from ..nn import DomainDiscriminator
 from ..reference import checks
 from ..schedules import dann_lambda
-from ..training import fit, random_states
+from ..training import Batches, fit, random_states
 from .domains import DTYPES, split_domains
-
-
-class Batches:
-    """Whole batches of tensors in a new order each time; what is left over waits for the next one."""
-
-    def __init__(self, batch_size: int, *tensors: Tensor) -> None:
-        self.tensors, self.batch_size = tensors, min(batch_size, len(tensors[0]))
-
-    def __len__(self) -> int:
-        return len(self.tensors[0]) // self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = torch.randperm(len(self.tensors[0]))
-        for chosen in order.split(self.batch_size)[: len(self)]:
-            yield tuple(tensor[chosen] for tensor in self.tensors)
 
 
 class AdaptedNetwork(ClassifierMixin, BaseEstimator):

@@ -1,12 +1,13 @@
 """Training: the loop, evaluation, model selection, checkpoints, several processes."""
 
-from .data import PartlyLabelled
+from .data import Batches, PartlyLabelled
 from .evaluation import Evaluation, evaluate, predict
 from .fit import fit
 from .loop import Fit
 from .validators import VALIDATORS, information_maximisation, negative_entropy, soft_neighbourhood_density
 
 __all__ = [
+    "Batches",
     "Evaluation",
     "Fit",
     "PartlyLabelled",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -57,6 +57,42 @@ class PartlyLabelled(Dataset):
         inputs, label = self.dataset[index]
         known = index in self.known
         return inputs, (label if known else torch.full_like(label, UNKNOWN) if isinstance(label, Tensor) else UNKNOWN)
+
+
+class Batches:
+    """Whole batches of tensors in a new order each time, without a call for each sample.
+
+    What is left over waits for the next pass.
+
+    Args:
+        batch_size: samples of a batch; all of them where there are fewer.
+        tensors: (N, ...), of which a batch has the same rows.
+        weights: (N,), how often a sample is drawn, with replacement; None: each once.
+
+    Example:
+        >>> import torch
+        >>> from fastda.training import Batches
+        >>> batches = Batches(4, torch.arange(10))
+        >>> len(batches), [len(batch) for (batch,) in batches]
+        (2, [4, 4])
+    """
+
+    def __init__(self, batch_size: int, *tensors: Tensor, weights: Tensor | None = None) -> None:
+        self.tensors, self.weights, self.batch_size = tensors, weights, min(batch_size, len(tensors[0]))
+
+    def __len__(self) -> int:
+        return len(self.tensors[0]) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        count = len(self.tensors[0])
+        if self.weights is None:
+            order = torch.randperm(count)
+        else:  # by the cumulative sum, since torch.multinomial takes at most 2²⁴ samples
+            shares = self.weights.double().cumsum(0)
+            order = torch.searchsorted(shares, torch.rand(count, dtype=torch.float64) * shares[-1], right=True)
+            order = order.clamp_(max=count - 1)
+        for chosen in order.split(self.batch_size)[: len(self)]:
+            yield tuple(tensor[chosen] for tensor in self.tensors)
 
 
 def unpack(name: str, batch) -> tuple[object, Tensor | None]:
