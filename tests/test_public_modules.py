@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-MODULES = ("methods", "training", "finetuning", "fewshot", "shift", "sklearn", "patching", "data_files")
+MODULES = ("adapting", "methods", "training", "finetuning", "fewshot", "shift", "sklearn", "patching", "data_files")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")
     for module in MODULES
@@ -19,6 +19,7 @@ CALLABLES = [
 ]
 # What a method's example shows, or what comes out of a function whose example shows it.
 RESULTS = {
+    *("AdaptedModel", "Adaptation", "Report"),
     *("Passed", "Layer", "Evaluation", "Fit", "Episode", "EpisodeAccuracy"),
     *("MMD", "CORALDistance", "ConceptDrift", "Confidence", "FeatureTests", "LabelShift", "ProxyADistance"),
     *("Recommendation", "Scenario", "ShiftReport", "Step", "Test", "Samples"),

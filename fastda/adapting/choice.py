@@ -32,6 +32,7 @@ class Choice:
         title: the same in words.
         reason: why.
         recommended: whether the diagnosis chose it.
+        found: what the diagnosis found; empty where there was none.
         next_step: what to try where it is not enough; empty where nothing is known.
         class_weights: how much more often than in the source each class is to be drawn; None for as often.
         diagnosis: :meth:`fastda.shift.ShiftReport.to_dict`, or None where there was none.
@@ -41,6 +42,7 @@ class Choice:
     title: str
     reason: str
     recommended: bool = False
+    found: str = ""
     next_step: str = ""
     class_weights: tuple[float, ...] | None = None
     diagnosis: dict | None = None
@@ -106,9 +108,7 @@ def choose(
         weights = _class_weights(report, task)
     words = advice.title if advice.method in ("none", "source-only") else title(method, task)
     next_step = "" if advice.next_step is None else f"{advice.next_step.title}: {advice.next_step.reason}"
-    diagnosis = report.to_dict()
-    reason = f"{report.summary}; {advice.reason}"
-    return Choice(method, words, reason, True, next_step, weights, diagnosis)
+    return Choice(method, words, advice.reason, True, report.summary, next_step, weights, report.to_dict())
 
 
 def _diagnosed(task: Task) -> Tensor:

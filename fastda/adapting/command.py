@@ -6,9 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from ..data_files import Samples, open_pair, open_samples
+from ..data_files import Samples, open_labels, open_pair
 from .folder import MARKDOWN, MODEL, PREDICTIONS
 from .run import run as adapt
 from .settings import BATCH_SIZE, LEARNING_RATE, METHODS, Settings
@@ -44,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-labels",
         type=Path,
         metavar="FILE",
-        help="the target's samples with labels, to measure accuracy on; training does not see these labels",
+        help="labels of the target's samples, in their order, to measure accuracy on; training does not see them",
     )
     parser.add_argument(
         "--measure-only", action="store_true", help="use labels in the target itself for measuring alone, too"
@@ -91,7 +89,8 @@ def read(args: argparse.Namespace, source: Samples, target: Samples) -> Task:
     """Both domains, in memory; labels for measuring from their own file."""
     measured = None
     if args.target_labels is not None:
-        measured = measured_labels(args, source, target)
+        options = {"count": len(target), "class_names": source.class_names, "label": args.label}
+        measured = open_labels(args.target_labels, **options)
     (x, y), (target_x, target_y) = source.read(), target.read()
     return make_task(
         x,
@@ -105,17 +104,3 @@ def read(args: argparse.Namespace, source: Samples, target: Samples) -> Task:
         names=(str(args.source), str(args.target)),
     )
 
-
-def measured_labels(args: argparse.Namespace, source: Samples, target: Samples) -> torch.Tensor:
-    """Labels of the target's samples, from their own file."""
-    found = open_samples(
-        args.target_labels, label=args.label, class_names=source.class_names, image_size=args.image_size
-    )
-    if found.labels is None or found.num_labelled == 0:
-        raise ValueError(f"{args.target_labels}: expected labels of the target's samples, got none; add them (--label)")
-    if len(found) != len(target):
-        raise ValueError(
-            f"{args.target_labels}: expected a label for each of the {len(target)} samples of {args.target}, got "
-            f"{len(found)}; give as many, in the same order"
-        )
-    return found.labels

@@ -79,6 +79,15 @@ class Measurement:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}
 
 
+    @classmethod
+    def from_dict(cls, content: dict) -> Measurement:
+        """What `to_dict` gave."""
+        parts = {"target_accuracy": Accuracy, "source_accuracy": Accuracy, "distances": Distances}
+        made = {name: None if content[name] is None else kind(**content[name]) for name, kind in parts.items()}
+        sure = math.nan if content["source_confidence"] is None else content["source_confidence"]
+        return cls(**{**content, **made, "source_confidence": sure, "predicted": tuple(content["predicted"])})
+
+
 def measure(model: AdaptedModel, data: Data, seed: int) -> tuple[Measurement, Tensor]:
     """The measurement, and the logits of all target samples."""
     task, held_out = data.task, data.task.held_out

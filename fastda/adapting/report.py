@@ -89,6 +89,28 @@ class Report:
         }
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """What `to_json` wrote."""
+        content = json.loads(text)
+        samples, choice = content["samples"], content["choice"]
+        if choice["class_weights"] is not None:
+            choice["class_weights"] = tuple(choice["class_weights"])
+        return cls(
+            names=(content["source"], content["target"]),
+            settings=Settings(**content["settings"]),
+            choice=Choice(**choice),
+            before=Measurement.from_dict(content["before"]),
+            after=Measurement.from_dict(content["after"]),
+            classes=tuple(content["classes"]),
+            num_source=samples["source"],
+            num_held_out=samples["held out of the source"],
+            num_target=samples["target"],
+            num_known=samples["target labels seen"],
+            num_measured=samples["target labels measured on"],
+            shape=tuple(content["shape"]),
+        )
+
     def to_markdown(self) -> str:
         """For reading."""
         return "\n\n".join(
@@ -108,7 +130,7 @@ class Report:
 
     def summary(self) -> str:
         """A few lines for the terminal."""
-        lines = [f"{self.choice.title}: {self._reason()}", ""]
+        lines = [f"Done: {self.choice.title}.", self._reason(), ""]
         rows = [("", "before", "after"), *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines += [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
@@ -123,9 +145,8 @@ class Report:
         )
 
     def _reason(self) -> str:
-        if not self.choice.recommended:
-            return f"Why: {self.choice.reason}."
-        return f"Why: what was found is {self.choice.reason}."
+        found = f"Found: {self.choice.found}. " if self.choice.found else ""
+        return f"{found}Why: {self.choice.reason}."
 
     def _rows(self) -> list[tuple[str, str, str]]:
         before, after = self.before, self.after

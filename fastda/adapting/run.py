@@ -16,7 +16,7 @@ from ..version import __version__
 from .choice import check_method, choose
 from .folder import JSON, MARKDOWN, MODEL, PREDICTIONS, RunFolder
 from .measure import measure
-from .model import AdaptedModel, require_safetensors
+from .model import AdaptedModel, load_model, require_safetensors
 from .networks import make_network
 from .predictions import write_predictions
 from .report import Report
@@ -140,6 +140,12 @@ def run(
         require_safetensors("adapt")
         identity = settings.to_dict() | {"version": __version__, "torch": torch.__version__, "data": task.digest()}
         folder = RunFolder(out, identity)
+        if folder.finished:
+            folder.end()
+            say(f"finished before: {folder.path}")
+            model = load_model(folder / MODEL, network=settings.network)
+            report = Report.from_json((folder / JSON).read_text(encoding="utf-8"))
+            return Adaptation(model, report, model.logits(task.target))
         if folder.begun:
             say(f"going on where {folder.path} was left")
         folder.begin()
@@ -165,7 +171,7 @@ def _adapt(task: Task, settings: Settings, folder: RunFolder | None, names, prog
         if task.is_images:  # pixels say little: what the network makes of them is what will be aligned
             source, target = (pretrained.features(x, scaled=True) for x in (source, target))
     choice = choose(task, settings, source, target, progress)
-    say(f"{choice.title}: {choice.reason}")
+    say(f"{choice.found or choice.reason}: {choice.title}")
     model, after = pretrained, before
     if choice.method != "source-only":
         model = trainer.adapted(pretrained, choice)
