@@ -5,11 +5,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <mutex>
 #include <optional>
+#include <utility>
 
 namespace fastda {
 namespace {
@@ -146,12 +149,16 @@ struct Gradient : FusedNode {
     if (std::none_of(incoming.begin(), incoming.end(), [](const Tensor& grad) { return grad.defined(); })) {
       return variable_list(differentiable);
     }
+    std::vector<Tensor> tensors = unpack();
+    if (!at::GradMode::is_enabled()) {
+      if (auto results = take_gradients(incoming[0], tensors); !results.empty()) return results;
+    }
     Stack stack;
-    stack.reserve(incoming.size() + saved.size() + constants.size() + differentiable);
+    stack.reserve(incoming.size() + tensors.size() + constants.size() + differentiable);
     for (size_t i = 0; i < incoming.size(); ++i) {
       stack.emplace_back(incoming[i].defined() ? std::move(incoming[i]) : input_metadata(i).zeros_like());
     }
-    for (Tensor& tensor : unpack()) stack.emplace_back(std::move(tensor));
+    for (Tensor& tensor : tensors) stack.emplace_back(std::move(tensor));
     stack.insert(stack.end(), constants.begin(), constants.end());
     for (size_t i = 0; i < differentiable; ++i) stack.emplace_back(task_should_compute_output(i));
     call_backward(stack);
@@ -161,8 +168,41 @@ struct Gradient : FusedNode {
     }
     return results;
   }
+  void release_variables() override {
+    FusedNode::release_variables();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    gradients.clear();
+  }
+
+  std::vector<Tensor> gradients;  // from the forward pass, where it took them
 
  private:
+  // The gradients that the forward pass took, times the incoming one; nothing where there are none. They are handed over,
+  // scaled in place, unless the graph is kept for another time.
+  variable_list take_gradients(const Tensor& incoming, const std::vector<Tensor>& inputs) {
+    const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+    std::vector<Tensor> taken;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      taken = keep ? gradients : std::exchange(gradients, {});
+    }
+    variable_list results(taken.size());
+    for (size_t i = 0; i < taken.size(); ++i) {
+      if (!task_should_compute_output(i)) continue;
+      std::vector<int64_t> shape = incoming.sizes().vec();
+      shape.resize(taken[i].dim(), 1);
+      const Tensor factor = incoming.reshape(shape);
+      const bool is_one = incoming.numel() == 1 && incoming.item().toDouble() == 1;  // loss.backward()
+      if (keep) {
+        taken[i] = at::mul(taken[i], factor);
+      } else if (!is_one) {
+        taken[i].mul_(factor);
+      }
+      results[i] = taken[i].to(inputs[i].scalar_type());
+    }
+    return results;
+  }
+
   // Past the Autograd key where nothing is to be recorded and no transform is to see the call.
   void call_backward(Stack& stack) const {
     if (at::GradMode::is_enabled() || !is_plain_eager()) {
@@ -189,7 +229,8 @@ struct SecondGradient : FusedNode {
 
 class ForwardKernel : public c10::OperatorKernel {
  public:
-  explicit ForwardKernel(std::shared_ptr<Lookup> lookup) : lookup_(std::move(lookup)) {}
+  ForwardKernel(std::shared_ptr<Lookup> lookup, ForwardWithGradients with_gradients)
+      : lookup_(std::move(lookup)), with_gradients_(with_gradients) {}
 
   void operator()(const OperatorHandle& handle, c10::DispatchKeySet keys, Stack* stack) {
     const FusedOp& op = (*lookup_)();
@@ -204,7 +245,7 @@ class ForwardKernel : public c10::OperatorKernel {
       node->save(arguments, op.tensors);
       node->constants.assign(arguments + op.tensors, arguments + op.arguments);
     }
-    {
+    if (!node || !take_gradients(op, *node, stack)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       handle.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
     }
@@ -216,7 +257,26 @@ class ForwardKernel : public c10::OperatorKernel {
   }
 
  private:
+  // The op and its gradients in one pass, where that is possible and worth it: whether they were taken.
+  bool take_gradients(const FusedOp& op, Gradient& node, Stack* stack) const {
+    if (!with_gradients_ || !is_plain_eager()) return false;
+    const IValue* arguments = stack->data() + stack->size() - op.arguments;
+    std::vector<bool> needs;
+    for (size_t i = 0; i < op.tensors; ++i) {
+      const Tensor& x = arguments[i].toTensor();
+      if (!x.is_cpu() || (i < op.differentiable && !is_plain(x))) return false;
+      if (i < op.differentiable) needs.push_back(x.requires_grad());
+    }
+    std::optional<WithGradients> all = with_gradients_(arguments, needs);
+    if (!all) return false;
+    node.gradients = std::move(all->gradients);
+    torch::jit::drop(*stack, op.arguments);
+    for (Tensor& result : all->results) stack->emplace_back(std::move(result));
+    return true;
+  }
+
   std::shared_ptr<Lookup> lookup_;
+  ForwardWithGradients with_gradients_;
 };
 
 class BackwardKernel : public c10::OperatorKernel {
@@ -258,9 +318,9 @@ class BackwardKernel : public c10::OperatorKernel {
 
 void set_second_order(SecondOrder function) { second_order() = std::move(function); }
 
-void differentiable(torch::Library& m, const std::string& name) {
+void differentiable(torch::Library& m, const std::string& name, ForwardWithGradients with_gradients) {
   const auto lookup = std::make_shared<Lookup>(name);
-  m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<ForwardKernel>(lookup)));
+  m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<ForwardKernel>(lookup, with_gradients)));
   m.impl((name + "_backward").c_str(),
          torch::CppFunction::makeFromBoxedFunctor(std::make_unique<BackwardKernel>(lookup)));
 }

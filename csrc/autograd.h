@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,8 +29,18 @@ using SecondOrder = std::function<std::vector<at::Tensor>(
 // The module installs Python's, once.
 void set_second_order(SecondOrder second_order);
 
+// An op's results, and the gradients of its differentiable tensors where the incoming gradient is 1.
+struct WithGradients {
+  std::vector<at::Tensor> results, gradients;  // the latter in the accumulation dtype, empty where not needed
+};
+
+// Both in one pass, for an op with one value for each element of the batch, which scales the gradients of that element;
+// nullopt where two passes are better. Called on the CPU, in plain eager mode.
+using ForwardWithGradients = std::optional<WithGradients> (*)(const c10::IValue* arguments,
+                                                              const std::vector<bool>& needs);
+
 // Registers both kernels: differentiable(m, "coral_loss") inside TORCH_LIBRARY_IMPL(fastda, Autograd, m).
-void differentiable(torch::Library& m, const std::string& name);
+void differentiable(torch::Library& m, const std::string& name, ForwardWithGradients with_gradients = nullptr);
 
 // Nodes are held by intrusive_ptr, up to torch 2.12 by shared_ptr with a deleter that spares the stack.
 using NodePtr = decltype(torch::autograd::Edge::function);

@@ -334,6 +334,77 @@ def test_cross_entropy_of_many_classes(metric, options):
     assert_close(*found)
 
 
+def calls_backward_op(run) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    names = {event.key for event in profile.key_averages()}
+    assert "fastda::prototype_cross_entropyBackward" in names  # the node, whatever it does
+    return "fastda::prototype_cross_entropy_backward" in names
+
+
+def forward_takes_gradients(classes=70, dtype=torch.float32, batch=()):
+    draw = Draw(Sizes(batch=batch, features=50), dtype)
+    return draw.samples(530), draw.samples(classes), draw.labels(530).remainder(classes)
+
+
+@each_metric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("classes, batch", [(70, ()), (1100, ()), (45, (2,))])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "sum", "ignore_index": 3}])
+def test_gradients_taken_in_the_forward_pass(metric, dtype, classes, batch, options):
+    """Eager mode takes them there; torch.func takes the way through the backward op."""
+    queries, prototypes, targets = forward_takes_gradients(classes, dtype, batch)
+    temperature = torch.tensor(0.3 if metric == "cosine" else 20.0)
+
+    def loss(queries, prototypes, temperature):
+        all_options = options | {"metric": metric, "temperature": temperature}
+        return -3 * fastda.prototype_cross_entropy(queries, prototypes, targets, **all_options)
+
+    leaves = [x.clone().requires_grad_() for x in (queries, prototypes, temperature)]
+    value, taken = loss(*leaves), []
+    assert not calls_backward_op(lambda: taken.extend(torch.autograd.grad(value, leaves)))
+    expected = torch.func.grad(loss, argnums=(0, 1, 2))(queries, prototypes, temperature)
+    rounding = 32 * torch.finfo(dtype).eps  # of sums of up to 1100 terms
+    for got, exact in zip(taken, expected, strict=True):
+        assert got.dtype == exact.dtype
+        assert_close(got, exact, rtol=rounding, atol=rounding * exact.abs().max().item())
+
+
+def test_gradients_taken_in_the_forward_pass_are_handed_over_once():
+    queries, prototypes, targets = forward_takes_gradients()
+    leaves = [queries.requires_grad_(), prototypes.requires_grad_()]
+    loss = fastda.prototype_cross_entropy(*leaves, targets)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [x.clone() for x in first]
+    for gradient in first:
+        gradient.zero_()
+    second = torch.autograd.grad(loss, leaves, torch.tensor(2.0), retain_graph=True)
+    assert_close(second, [2 * x for x in kept], rtol=0, atol=0)
+    with_graph = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(x.requires_grad for x in with_graph)
+    assert_close([x.detach() for x in with_graph], kept)
+    last = torch.autograd.grad(loss, leaves[1:])
+    assert_close(last, kept[1:], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_gradients_taken_in_the_forward_pass_are_not_those_of_what_was_overwritten():
+    queries, prototypes, targets = forward_takes_gradients()
+    loss = fastda.prototype_cross_entropy(queries, prototypes.requires_grad_(), targets)
+    queries.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_of_points_that_are_not_finite_are_taken_in_the_backward_pass(value):
+    queries, prototypes, targets = forward_takes_gradients()
+    prototypes[7] = value
+    loss = fastda.prototype_cross_entropy(queries, prototypes.requires_grad_(), targets.clamp(min=8))
+    assert calls_backward_op(loss.backward)
+
+
 def test_accuracy_of_a_cross_entropy_of_many_classes():
     queries, prototypes, targets = (x[:90] if i != 1 else x[:200] for i, x in enumerate(many()))
     functions = (

@@ -143,7 +143,7 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
 // Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k (Sum::products) for `rows` rows x, each with weights of its own. Of
 // large sums the differences are shared: (x − c) Σ_k w_k + Σ_k w_k (c − y_k), the second of which serves all rows.
 template <typename T, Sum form, int rows, int vectors>
-FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* totals, const T* c,
+FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const double* totals, const T* c,
                                const T* y, int64_t y_stride, int64_t samples,
                                typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
@@ -178,20 +178,20 @@ FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_s
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(x[r] + v * G::lanes) - centre[v]) * totals[r];
+    for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(x[r] + v * G::lanes) - centre[v]) * static_cast<T>(totals[r]);
   }
 }
 
-// Σ_k w_k of some rows, whose weights are neighbours where those of a sample are not.
+// Adds Σ_k w_k of some rows, whose weights are neighbours where those of a sample are not.
 template <typename T>
-void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, int64_t samples, T* totals) {
-  constexpr int64_t block = 16;
+void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, int64_t samples, double* totals) {
+  constexpr int64_t block = 64;
   if (w_step == 1) {
     for (int64_t i = 0; i < rows; ++i, w += w_row) {
       double sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t k = 0; k < samples; ++k) sum += static_cast<double>(w[k]);
-      totals[i] = static_cast<T>(sum);
+      totals[i] += sum;
     }
     return;
   }
@@ -203,7 +203,7 @@ void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, 
 #pragma omp simd
       for (int64_t r = 0; r < some; ++r) sum[r] += static_cast<double>(weights[r]);
     }
-    for (int64_t r = 0; r < some; ++r) totals[i + r] = static_cast<T>(sum[r]);
+    for (int64_t r = 0; r < some; ++r) totals[i + r] += sum[r];
   }
 }
 
@@ -220,9 +220,10 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
   constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
   typename G::Vector sum[rows][vectors];
   const T *x_rows[rows], *w_rows[rows];
-  T totals[most_summed_rows + rows] = {};
+  double totals[most_summed_rows + rows] = {};
   for (int64_t k = 0; k < samples || k == 0; k += chunk) {
     const int64_t some = least(chunk, samples - k);
+    for (int64_t r = 0; r < count; ++r) totals[r] = 0;
     if (form == Sum::shared_differences) totals_of_weights(w + k * w_step, w_row, w_step, count, some, totals);
     for (int64_t d = begin; d < end; d += vectors * G::lanes) {
       for (int64_t i = 0; i < count; i += rows) {
@@ -292,64 +293,44 @@ void sum_samples_of(Sum form, const T* x, int64_t x_stride, int64_t count, const
 #endif
 }
 
-// Many rows and many columns: products on packed panels, of points less one near them all. What is subtracted is no part
+// Many rows and many columns: products of what is packed, of points less one near them all. What is subtracted is no part
 // of a distance, but is what cancels in ‖q‖² − 2q·p + ‖p‖².
 
-// A panel of columns: element (k, j) of its matrix lies at packed[(j / columns * depth + k) * columns + j % columns].
+// Rows are packed in blocks as wide as a vector, columns in panels of a few vectors: element (k, j) of a block or panel
+// lies at packed[k * width + j].
 template <typename T>
 struct Panel {
-  static constexpr int rows = FASTDA_VECTOR_BYTES == 64 ? 8 : 6;  // that are multiplied at once: what the registers hold
-  static constexpr int64_t columns = 2 * Grid<T>::lanes;
+  static constexpr int64_t lanes = FASTDA_VECTOR_BYTES / sizeof(T);
+  static constexpr int64_t vectors = 3, columns = vectors * lanes;
+  static constexpr int64_t rows = FASTDA_VECTOR_BYTES == 64 ? 8 : least(4, lanes);  // that are multiplied at once
   static constexpr int64_t depth = 24576 / (columns * sizeof(T));  // of a panel that stays in the first cache
 };
 
 template <typename T>
-void panel_width(int64_t* columns) {
-  *columns = Panel<T>::columns;
+void panel_shape(PanelShape* shape) {
+  *shape = {Panel<T>::lanes, Panel<T>::columns, Panel<T>::depth};
 }
 
-template <typename T>
-void prefetch(const T* x, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
-}
-
-// sum(r, j) = Σ_k a[r][k · step] b(k, j); neighbours: a[r] is a[0] + r.
-template <typename T, bool neighbours>
-FASTDA_INLINE void multiply_panel(const T* const* a, int64_t step, const T* b, int64_t depth,
-                                  typename Grid<T>::Vector (*sum)[2]) {
+// sum(r, j) = Σ_k a(k, r) b(k, j) for a few rows of a block and a panel of so many vectors.
+template <typename T, int vectors>
+FASTDA_INLINE void multiply_packed(const T* a, const T* b, int64_t depth, typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
   constexpr int rows = Panel<T>::rows;
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = typename G::Vector{};
-  const T* rows_of_k = a[0];
-  for (int64_t k = 0; k < depth; ++k, b += 2 * G::lanes, rows_of_k += step) {
-    const typename G::Vector first = G::load(b), second = G::load(b + G::lanes);
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] = typename G::Vector{};
+  }
+  for (int64_t k = 0; k < depth; ++k, a += G::lanes, b += vectors * G::lanes) {
+    typename G::Vector right[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) right[v] = G::load(b + v * G::lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const T left = neighbours ? rows_of_k[r] : a[r][k * step];
-      sum[r][0] += left * first;
-      sum[r][1] += left * second;
+      const T left = a[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
     }
-  }
-}
-
-// Rows of x less the centre, dense; their squared norms too.
-template <typename T>
-void centre_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const T* centre, T* out, T* norms) {
-  constexpr int64_t chunk = 64;
-  for (int64_t i = 0; i < rows; ++i, x += stride, out += depth) {
-    double norm = 0;
-    for (int64_t k = 0; k < depth; k += chunk) {
-      const int64_t end = least(k + chunk, depth);
-      T sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = k; d < end; ++d) {
-        out[d] = x[d] - centre[d];
-        sum += out[d] * out[d];
-      }
-      norm += static_cast<double>(sum);
-    }
-    norms[i] = static_cast<T>(norm);
   }
 }
 
@@ -373,56 +354,140 @@ FASTDA_INLINE void turn(Vector* x, std::index_sequence<lane...> all) {
   }
 }
 
-// Classes less the centre as the columns of one panel; their squared norms too. The depth is a whole number of vectors.
+// Rows of x side by side, as a panel that is `width` wide: less the centre, where there is one, and their squared norms,
+// where they are asked for. Rows are read, and packed, in whole vectors; what the panel holds beyond `count` rows is 0.
 template <typename T>
-void pack_classes(const T* p, int64_t stride, int64_t classes, int64_t depth, const T* centre, T* packed, T* norms) {
+void pack_across(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
+                 T* norms) {
   using G = Grid<T>;
-  constexpr int64_t lanes = G::lanes, columns = Panel<T>::columns, chunk = 64;
-  for (int64_t first = 0; first < columns; first += lanes) {
+  constexpr int64_t lanes = G::lanes, chunk = 64;
+  for (int64_t first = 0; first < width; first += lanes) {
     double norm[lanes] = {};
     for (int64_t begin = 0; begin < depth; begin += chunk) {
       typename G::Vector sum = {};
       for (int64_t k = begin; k < least(begin + chunk, depth); k += lanes) {
-        const typename G::Vector middle = G::load(centre + k);
-        typename G::Vector x[lanes];
+        const typename G::Vector middle = centre ? G::load(centre + k) : typename G::Vector{};
+        typename G::Vector x_rows[lanes];
 #pragma GCC unroll 16
         for (int64_t i = 0; i < lanes; ++i) {
-          x[i] = first + i < classes ? G::load(p + (first + i) * stride + k) - middle : typename G::Vector{};
+          const T* row = x + (first + i) * stride + k;
+          x_rows[i] = first + i < count ? G::load(row) - middle : typename G::Vector{};
+          __builtin_prefetch(row + lanes * stride, 0, 2);  // the next rows, to the second cache
         }
-        turn<1, lanes>(x, std::make_index_sequence<lanes>{});
+        turn<1, lanes>(x_rows, std::make_index_sequence<lanes>{});
 #pragma GCC unroll 16
         for (int64_t i = 0; i < lanes; ++i) {
-          sum += x[i] * x[i];
-          G::store(packed + (k + i) * columns + first, x[i]);
+          sum += x_rows[i] * x_rows[i];
+          G::store(packed + (k + i) * width + first, x_rows[i]);
         }
       }
-      for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(sum[i]);
+      for (int64_t i = 0; norms && i < lanes; ++i) norm[i] += static_cast<double>(sum[i]);
     }
-    for (int64_t i = 0; i < lanes; ++i) norms[first + i] = static_cast<T>(norm[i]);
+    for (int64_t i = 0; norms && i < lanes; ++i) norms[first + i] = static_cast<T>(norm[i]);
   }
 }
 
-// Products of centred queries with the classes of one panel.
+// Samples below each other, as a panel that is `width` wide: so many columns of y less the centre's.
 template <typename T>
-void products_with_panel(const T* q, int64_t queries, const T* packed, int64_t depth, int64_t classes, T* out,
-                         int64_t out_stride) {
+void pack_below(const T* y, int64_t stride, int64_t samples, const T* centre, int64_t width, T* packed) {
   using G = Grid<T>;
-  constexpr int64_t rows = Panel<T>::rows, columns = Panel<T>::columns;
-  typename G::Vector sum[rows][2];
-  const T* q_rows[rows];
+  constexpr int64_t ahead = 16;  // samples
+  for (int64_t k = 0; k < samples; ++k, y += stride, packed += width) {
+    for (int64_t d = 0; d < width; d += G::lanes) {
+      __builtin_prefetch(y + ahead * stride + d);
+      G::store(packed + d, G::load(y + d) - G::load(centre + d));
+    }
+  }
+}
+
+// Weights of up to a block of rows and some samples as a block of rows: of row r and sample k at w[r * row + k * step],
+// where row or step is 1. Read in whole vectors.
+template <typename T>
+void pack_weights(const T* w, int64_t row, int64_t step, int64_t rows, int64_t samples, T* packed) {
+  using G = Grid<T>;
+  constexpr int64_t lanes = G::lanes;
+  if (row == 1) {
+    for (int64_t k = 0; k < samples; ++k) G::store(packed + k * lanes, G::load(w + k * step));
+  } else {
+    pack_across<T>(w, row, rows, (samples + lanes - 1) / lanes * lanes, nullptr, lanes, packed, nullptr);
+  }
+}
+
+// Stores a few rows of results, or adds them to what is there: `rows` of them, `width` columns of each.
+template <typename T, int vectors>
+FASTDA_INLINE void put_rows(const typename Grid<T>::Vector (*sum)[vectors], int64_t rows, int64_t width, bool add,
+                            T* out, int64_t stride) {
+  using G = Grid<T>;
+  if (rows == Panel<T>::rows && width == vectors * G::lanes) {  // all in registers
+#pragma GCC unroll 16
+    for (int r = 0; r < Panel<T>::rows; ++r, out += stride) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        G::store(out + v * G::lanes, add ? G::load(out + v * G::lanes) + sum[r][v] : sum[r][v]);
+      }
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r, out += stride) {
+    for (int64_t v = 0; v < vectors && v * G::lanes < width; ++v) {
+      G::put(sum[r][v], add, out + v * G::lanes, width - v * G::lanes);
+    }
+  }
+}
+
+// A few rows of results are read after their product: fetched during it.
+template <typename T, int vectors>
+FASTDA_INLINE void prefetch_rows(const T* out, int64_t stride, int64_t rows) {
+  if (rows != Panel<T>::rows) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < Panel<T>::rows; ++r, out += stride) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + v * Grid<T>::lanes);
+  }
+}
+
+// Calls run<T, vectors>(...) with as many vectors as hold that many columns.
+#define FASTDA_WITH_VECTORS(run, columns, ...)                                           \
+  do {                                                                                   \
+    const int64_t vectors_needed = ((columns) + Grid<T>::lanes - 1) / Grid<T>::lanes;    \
+    if (vectors_needed <= 1) return run<T, 1>(__VA_ARGS__);                              \
+    if (vectors_needed == 2) return run<T, 2>(__VA_ARGS__);                              \
+    return run<T, Panel<T>::vectors>(__VA_ARGS__);                                       \
+  } while (false)
+
+template <typename T, int vectors>
+void products_with_vectors(const T* a, int64_t count, const T* panel, int64_t depth, int64_t width, T* out,
+                           int64_t out_stride) {
+  using G = Grid<T>;
+  constexpr int64_t rows = Panel<T>::rows;
+  typename G::Vector sum[rows][vectors];
   for (int64_t k = 0; k < depth || k == 0; k += Panel<T>::depth) {
-    for (int64_t i = 0; i < queries; i += rows) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = least(i + r, queries - 1);
-        q_rows[r] = q + row * depth + k;
-        prefetch(out + row * out_stride, columns);
-      }
-      multiply_panel<T, false>(q_rows, 1, packed + k * columns, least(Panel<T>::depth, depth - k), sum);
-      for (int64_t r = 0; r < least(rows, queries - i); ++r) {
-        T* to = out + (i + r) * out_stride;
-        G::put(sum[r][0], k > 0, to, classes);
-        if (classes > G::lanes) G::put(sum[r][1], k > 0, to + G::lanes, classes - G::lanes);
-      }
+    for (int64_t i = 0; i < count; i += rows) {
+      multiply_packed<T, vectors>(a + i / G::lanes * G::lanes * depth + k * G::lanes + i % G::lanes,
+                                  panel + k * vectors * G::lanes, least(Panel<T>::depth, depth - k), sum);
+      put_rows<T, vectors>(sum, least(rows, count - i), width, k > 0, out + i * out_stride, out_stride);
+    }
+  }
+}
+
+// Products of blocks of rows, `depth` deep, with the columns of one panel, no wider than they need.
+template <typename T>
+void products_with_panel(const T* a, int64_t count, const T* panel, int64_t depth, int64_t width, T* out,
+                         int64_t out_stride) {
+  FASTDA_WITH_VECTORS(products_with_vectors, width, a, count, panel, depth, width, out, out_stride);
+}
+
+// Sums over features become distances.
+template <typename T>
+void distances_from_sums(T* row, int64_t classes, Metric metric) {
+  if (metric == Metric::euclidean) {
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) row[c] = std::sqrt(row[c]);
+  } else if (metric == Metric::cosine) {
+#pragma omp simd
+    for (int64_t c = 0; c < classes; ++c) {
+      const T distance = 1 - row[c], above = distance < 0 ? T(0) : distance;
+      row[c] = above > 2 ? T(2) : above;
     }
   }
 }
@@ -435,86 +500,79 @@ T squared_distance(const T* q, const T* p, int64_t depth) {
   return sum;
 }
 
-// Products become squared distances ‖q‖² − 2q·p + ‖p‖², taken from differences where these cancel, overflow or are NaN.
+// Products become distances; for the Euclidean ones ‖q‖² − 2q·p + ‖p‖², taken from differences where these cancel,
+// overflow or are NaN.
 template <typename T>
-void distances_from_products(const T* q, int64_t q_stride, const T* q_norms, int64_t queries, const T* p,
-                             int64_t p_stride, const T* p_norms, int64_t classes, int64_t depth, T* out,
-                             int64_t out_stride) {
+void distances_from_products(Metric metric, const T* products, int64_t products_stride, const T* q, int64_t q_stride,
+                             const T* q_norms, int64_t queries, const T* p, int64_t p_stride, const T* p_norms,
+                             int64_t classes, int64_t depth, T* out, int64_t out_stride) {
   constexpr T cancels = static_cast<T>(0.5), infinity = std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < queries; ++i, out += out_stride) {
+  for (int64_t i = 0; i < queries; ++i, out += out_stride, products += products_stride) {
     const T norm = q_norms[i];
     int good = 1;
+    if (metric == Metric::cosine) {
+#pragma omp simd
+      for (int64_t c = 0; c < classes; ++c) out[c] = products[c];
+    } else {
 #pragma omp simd reduction(& : good)
-    for (int64_t c = 0; c < classes; ++c) {
-      const T squares = norm + p_norms[c], squared = squares - 2 * out[c];
-      out[c] = squared;
-      good &= squared >= cancels * squares && squares < infinity;
+      for (int64_t c = 0; c < classes; ++c) {
+        const T squares = norm + p_norms[c], squared = squares - 2 * products[c];
+        out[c] = squared;
+        good &= squared >= cancels * squares && squares < infinity;
+      }
     }
     for (int64_t c = 0; !good && c < classes; ++c) {
       const T squares = norm + p_norms[c];
       if (out[c] >= cancels * squares && squares < infinity) continue;
       out[c] = squared_distance(q + i * q_stride, p + c * p_stride, depth);
     }
+    distances_from_sums(out, classes, metric);
   }
 }
 
-// Samples less their centre in panels, for the columns from begin to end, of which `depth` are there.
-template <typename T>
-void pack_samples(const T* y, int64_t stride, int64_t samples, const T* centre, int64_t begin, int64_t end,
-                  int64_t depth, T* packed) {
+template <typename T, int vectors>
+void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples, const T* x,
+                   int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
+                   int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t panel = Panel<T>::columns;
-  for (int64_t d = begin; d < end; d += G::lanes) {
-    T* to = packed + d / panel * samples * panel + d % panel;
-    const bool there = d < depth;
-    const typename G::Vector middle = there ? G::load(centre + d) : typename G::Vector{};
-    for (int64_t k = 0; k < samples; ++k) {
-      G::store(to + k * panel, there ? G::load(y + k * stride + d) - middle : typename G::Vector{});
-    }
-  }
-}
-
-// As sum_samples_of, with packed samples: Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with their centre c;
-// totals holds Σ_k w_k of each row.
-template <typename T>
-void weigh_samples(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
-                   const T* totals, const T* packed, const T* centre, int64_t samples, int64_t begin, int64_t end,
-                   int64_t width, bool add, T* out, int64_t out_stride) {
-  using G = Grid<T>;
-  constexpr int64_t rows = Panel<T>::rows, panel = Panel<T>::columns;
-  typename G::Vector sum[rows][2];
-  const T* w_rows[rows];
-  for (int64_t k = 0; k < samples; k += Panel<T>::depth) {
-    for (int64_t d = begin; d < end; d += panel) {
-      const T* y = packed + d / panel * samples * panel + k * panel;
-      for (int64_t i = 0; i < count; i += rows) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t row = least(i + r, count - 1);
-          w_rows[r] = w + row * w_row + k * w_step;
-          prefetch<T>(out + row * out_stride + d, panel);  // what is read after the product, from farther caches
-          if (!product && k == 0) prefetch<T>(x + row * x_stride + d, panel);
-        }
-        const int64_t depth = least(Panel<T>::depth, samples - k);
-        if (w_row == 1 && i + rows <= count) {
-          multiply_panel<T, true>(w_rows, w_step, y, depth, sum);
-        } else if (w_step == 1) {
-          multiply_panel<T, false>(w_rows, 1, y, depth, sum);
-        } else {
-          multiply_panel<T, false>(w_rows, w_step, y, depth, sum);
-        }
-        for (int64_t r = 0; r < least(rows, count - i); ++r) {
-          for (int64_t v = 0; v < 2; ++v) {
-            const int64_t column = d + v * G::lanes;
-            if (column >= width) break;
-            typename G::Vector value = product ? sum[r][v] : -sum[r][v];
-            if (!product && k == 0)
-              value += (G::load(x + (i + r) * x_stride + column) - G::load(centre + column)) * totals[i + r];
-            G::put(value, add || k > 0, out + (i + r) * out_stride + column, width - column);
-          }
-        }
+  constexpr int64_t rows = Panel<T>::rows;
+  typename G::Vector sum[rows][vectors], middle[vectors];
+  for (int64_t i = 0; i < count; i += rows, out += rows * out_stride, x += rows * x_stride) {
+    const int64_t some = least(rows, count - i);
+    if (add) prefetch_rows<T, vectors>(out, out_stride, some);
+    if (totals) prefetch_rows<T, vectors>(x, x_stride, some);
+    multiply_packed<T, vectors>(w + i / G::lanes * between + i % G::lanes, panel, samples, sum);
+    if (!product) {
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[r][v] = -sum[r][v];
       }
     }
+    if (totals) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) middle[v] = G::load(centre + v * G::lanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const T total = static_cast<T>(totals[i + r]), *row = x + least(r, some - 1) * x_stride;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(row + v * G::lanes) - middle[v]) * total;
+      }
+    }
+    put_rows<T, vectors>(sum, some, width, add, out, out_stride);
   }
 }
 
+// Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with blocks of weights, `between` apart, and a panel of samples
+// y − c, no wider than it needs; for the cosine Σ_k w_k y_k, where c is 0. Where totals, the Σ_k w_k, are null, the first
+// part is left out.
+template <typename T>
+void weigh_panel(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples, const T* x,
+                 int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
+                 int64_t out_stride) {
+  FASTDA_WITH_VECTORS(weigh_vectors, width, product, w, between, count, panel, samples, x, x_stride, totals, centre,
+                      width, add, out, out_stride);
+}
+
+#undef FASTDA_WITH_VECTORS
 #undef FASTDA_INLINE

@@ -64,7 +64,7 @@ void put_tile(const T* tile, T weight, bool add, T* to, int64_t stride, int64_t 
   }
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The upper triangle of weight · PᵀP, of a matrix P of `count` columns in panels of Tile::columns, is stored in `to` or
 // added to it: tiles begin to end, counted down each panel from its top to its diagonal, which the last reach below.

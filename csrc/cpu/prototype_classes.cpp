@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -255,75 +256,149 @@ struct Targets {
   const int64_t* of(int64_t b, const Sizes& n) const { return labels.const_data_ptr<int64_t>() + b * n.queries; }
 };
 
-using CrossEntropy = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The cross-entropy of one element of the batch, whose classes pass by in blocks.
+template <typename T>
+class QueryLosses {
+ public:
+  // The last three hold one value for each query; they are filled here, or were by the forward pass.
+  QueryLosses(const Sizes& n, const Targets& options, int64_t b, T temperature, T* largest, T* log_sum, T* losses)
+      : n_(n),
+        options_(options),
+        label_(options.of(b, n)),
+        temperature_(temperature),
+        largest_(largest),
+        log_sum_(log_sum),
+        losses_(losses),
+        kept_(n.queries - std::count(label_, label_ + n.queries, options.ignore_index)) {}
 
-CrossEntropy prototype_cross_entropy(const Tensor& queries, const Tensor& prototypes, const Tensor& temperature,
-                                     const Tensor& targets, int64_t ignore_index, double label_smoothing,
-                                     c10::string_view metric, c10::string_view reduction) {
+  int64_t kept() const { return kept_; }  // queries that are not ignored
+  T share() const { return options_.mean ? static_cast<T>(1.0 / static_cast<double>(kept_)) : T(1); }
+
+  void begin() {
+    std::fill(largest_, largest_ + n_.queries, -std::numeric_limits<T>::infinity());
+    std::fill(log_sum_, log_sum_ + n_.queries, T(0));
+    totals_.assign(n_.queries, 0);
+  }
+
+  // Takes the distances of some queries to some classes into account.
+  void join(Range some, Range classes, const uint8_t* empty, const T* distances, int64_t stride) {
+    for_queries<T>(some, classes.size(), [&](int64_t i, T* l) {
+      FASTDA_RUN(logits(distances + (i - some.begin) * stride, empty, classes.size(), temperature_, l));
+      FASTDA_RUN(join_softmax(l, classes.size(), largest_ + i, log_sum_ + i));
+      if (options_.smoothing != 0) FASTDA_RUN(add_logits(l, empty, classes.size(), &totals_[i]));
+      if (classes.has(label_[i])) losses_[i] = l[label_[i] - classes.begin];
+    });
+  }
+
+  // The losses of some queries, of which `present` classes count.
+  void finish(Range some, int64_t present) {
+    for (int64_t i = some.begin; i < some.end; ++i) {
+      log_sum_[i] = log_of_sum(largest_[i], log_sum_[i]);
+      if (label_[i] == options_.ignore_index) {
+        losses_[i] = 0;
+        continue;
+      }
+      double loss = -static_cast<double>((losses_[i] - largest_[i]) - log_sum_[i]);
+      if (options_.smoothing != 0) {
+        const double normaliser = static_cast<double>(largest_[i]) + static_cast<double>(log_sum_[i]);
+        const double others = totals_[i] / static_cast<double>(present) - normaliser;
+        loss = (1 - options_.smoothing) * loss - options_.smoothing * others;
+      }
+      losses_[i] = static_cast<T>(loss);
+      total_ += loss;
+    }
+  }
+
+  T reduced() const { return static_cast<T>(options_.mean ? total_ / static_cast<double>(kept_) : total_); }
+
+  // Distances become weights, by ∂L/∂loss of each query, one for all where the step is 0; adds ∂L/∂T to the slopes, where
+  // they are not null.
+  void weigh(Range some, Range classes, const uint8_t* empty, int64_t present, const T* of_losses, int64_t step,
+             T* distances, int64_t stride, T* slopes) const {
+    const T share = this->share(), on_target = static_cast<T>(1 - options_.smoothing);
+    const T spread = options_.smoothing == 0 ? T(0) : static_cast<T>(options_.smoothing / static_cast<double>(present));
+    for_queries<T>(some, classes.size(), [&](int64_t i, T* l) {
+      T* row = distances + (i - some.begin) * stride;
+      const T of_loss = label_[i] == options_.ignore_index ? T(0) : of_losses[i * step] * share;
+      FASTDA_RUN(logits(row, empty, classes.size(), temperature_, l));
+      FASTDA_RUN(through_cross_entropy(l, classes.size(), largest_[i], log_sum_[i], of_loss, spread));
+      if (classes.has(label_[i])) l[label_[i] - classes.begin] -= of_loss * on_target;
+      const T nearest = present < n_.classes ? T(0) : -largest_[i] * temperature_;
+      FASTDA_RUN(weights_from_logits(row, empty, classes.size(), n_.metric, temperature_, nearest, l,
+                                     slopes ? slopes + i : nullptr));
+    });
+  }
+
+ private:
+  const Sizes& n_;
+  const Targets& options_;
+  const int64_t* label_;
+  const T temperature_;
+  T *largest_, *log_sum_, *losses_;
+  const int64_t kept_;
+  std::vector<double> totals_;
+  double total_ = 0;
+};
+
+// What the cross-entropy returns, as it is filled.
+struct CrossEntropy {
+  Tensor losses, loss, largest, log_sum, present, kept;
+
+  CrossEntropy(const Tensor& queries, const Tensor& targets, const Sizes& n, const Targets& options) {
+    const auto like = queries.options().dtype(accumulate_type(queries.scalar_type()));
+    losses = at::empty(batched(queries, 2, {n.queries}), like);
+    loss = options.reduces ? at::empty(batched(queries, 2, {}), like) : losses;
+    largest = at::empty(losses.sizes(), like);
+    log_sum = at::empty(losses.sizes(), like);
+    present = at::empty(batched(queries, 2, {}), targets.options());
+    kept = at::empty(present.sizes(), targets.options());
+  }
+  template <typename T>
+  QueryLosses<T> of(int64_t b, const Sizes& n, const Targets& options, T temperature) const {
+    const int64_t first = b * n.queries;
+    return {n, options, b, temperature, data<T>(largest) + first, data<T>(log_sum) + first, data<T>(losses) + first};
+  }
+  template <typename T>
+  void finish(int64_t b, const QueryLosses<T>& state, int64_t of_present, bool reduces) const {
+    data<int64_t>(present)[b] = of_present;
+    data<int64_t>(kept)[b] = state.kept();
+    if (reduces) data<T>(loss)[b] = state.reduced();
+  }
+};
+
+using CrossEntropyResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+CrossEntropyResult prototype_cross_entropy(const Tensor& queries, const Tensor& prototypes, const Tensor& temperature,
+                                           const Tensor& targets, int64_t ignore_index, double label_smoothing,
+                                           c10::string_view metric, c10::string_view reduction) {
   const KernelGuard guard;
   const Sizes n = sizes_of(queries, prototypes, metric);
   const Targets options(targets, n, ignore_index, label_smoothing, reduction);
-  const auto like = queries.options().dtype(accumulate_type(queries.scalar_type()));
-  const Tensor losses = at::empty(batched(queries, 2, {n.queries}), like);
-  const Tensor loss = options.reduces ? at::empty(batched(queries, 2, {}), like) : losses;
-  const Tensor most = at::empty(losses.sizes(), like), log_sums = at::empty(losses.sizes(), like);
-  const Tensor present = at::empty(batched(queries, 2, {}), targets.options()),
-               kept = at::empty(present.sizes(), targets.options());
-  const Tensor t = temperatures(temperature, n, like.dtype().toScalarType());
+  const CrossEntropy result(queries, targets, n, options);
+  const Tensor t = temperatures(temperature, n, accumulate_type(queries.scalar_type()));
   const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric);
-      const int64_t *label = options.of(b, n), at_once = classes_at_once(n),
-                    most_at_once = std::min(n.queries, most_queries);
-      T *largest = data<T>(most) + b * n.queries, *sum = data<T>(log_sums) + b * n.queries,
-        *each = data<T>(losses) + b * n.queries;
-      std::fill(largest, largest + n.queries, -std::numeric_limits<T>::infinity());
-      std::fill(sum, sum + n.queries, T(0));
-      std::vector<double> totals(n.queries, 0);
-      const int64_t stride = row_stride<T>(at_once);
-      const Scratch<T> block(most_at_once * stride);
-      int64_t of_present = 0;
+      auto state = result.of<T>(b, n, options, t.const_data_ptr<T>()[b]);
+      const int64_t at_once = classes_at_once(n), stride = row_stride<T>(at_once);
+      const Scratch<T> block(std::min(n.queries, most_queries) * stride);
+      int64_t present = 0;
+      state.begin();
       for_ranges(n.classes, at_once, [&](Range classes) {
         const auto to = Points<T>::prototypes(p, b, classes.begin, classes.end, n.metric);
-        of_present += to.present();
+        present += to.present();
         for_ranges(n.queries, most_queries, [&](Range some) {
           find_distances(from, some, to, n.metric, block.data(), stride);
-          for_queries<T>(some, to.count(), [&](int64_t i, T*) {
-            T* l = block.data() + (i - some.begin) * stride;
-            FASTDA_RUN(logits(l, to.empty(), to.count(), t.const_data_ptr<T>()[b], l));
-            FASTDA_RUN(join_softmax(l, to.count(), largest + i, sum + i));
-            if (options.smoothing != 0) FASTDA_RUN(add_logits(l, to.empty(), to.count(), &totals[i]));
-            if (classes.begin <= label[i] && label[i] < classes.end) each[i] = l[label[i] - classes.begin];
-          });
+          state.join(some, classes, to.empty(), block.data(), stride);
         });
       });
-      int64_t of_kept = 0;
-      double total = 0;
-      for (int64_t i = 0; i < n.queries; ++i) {
-        sum[i] = log_of_sum(largest[i], sum[i]);
-        if (label[i] == options.ignore_index) {
-          each[i] = 0;
-          continue;
-        }
-        double of_query = -static_cast<double>((each[i] - largest[i]) - sum[i]);
-        if (options.smoothing != 0) {
-          const double normaliser = static_cast<double>(largest[i]) + static_cast<double>(sum[i]);
-          const double others = totals[i] / static_cast<double>(of_present) - normaliser;
-          of_query = (1 - options.smoothing) * of_query - options.smoothing * others;
-        }
-        each[i] = static_cast<T>(of_query);
-        total += of_query;
-        ++of_kept;
-      }
-      data<int64_t>(present)[b] = of_present;
-      data<int64_t>(kept)[b] = of_kept;
-      if (options.reduces)
-        data<T>(loss)[b] = static_cast<T>(options.mean ? total / static_cast<double>(of_kept) : total);
+      state.finish({0, n.queries}, present);
+      result.finish(b, state, present, options.reduces);
     });
   });
-  return {loss, most, log_sums, present, kept};
+  return {result.loss, result.largest, result.log_sum, result.present, result.kept};
 }
 
 Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor& queries, const Tensor& prototypes,
@@ -345,45 +420,29 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
   const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
   const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
                p = matrices(prototypes, n.batch);
-  const Tensor grad = grad_loss.to(dtype).contiguous(), number = kept.contiguous(), existing = present.contiguous();
+  const Tensor grad = grad_loss.to(dtype).contiguous(), existing = present.contiguous();
   const Tensor most = largest.to(dtype).contiguous(), log_sums = log_sum.to(dtype).contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
       const auto from = Points<T>::queries(q, b, n.metric);
-      const int64_t *label = options.of(b, n), at_once = classes_at_once(n),
-                    most_at_once = std::min(n.queries, most_queries);
-      const T temperature = t.const_data_ptr<T>()[b],
-              *incoming = grad.const_data_ptr<T>() + b * (options.reduces ? 1 : n.queries);
-      const T share =
-          options.mean ? static_cast<T>(1.0 / static_cast<double>(number.const_data_ptr<int64_t>()[b])) : T(1);
-      const double present_classes = static_cast<double>(existing.const_data_ptr<int64_t>()[b]);
-      const T spread = static_cast<T>(options.smoothing == 0 ? 0 : options.smoothing / present_classes);
-      const T on_target = static_cast<T>(1 - options.smoothing);
+      const int64_t at_once = classes_at_once(n), stride = row_stride<T>(at_once);
+      const QueryLosses<T> state(n, options, b, t.const_data_ptr<T>()[b], data<T>(most) + b * n.queries,
+                                 data<T>(log_sums) + b * n.queries, nullptr);
+      const T* incoming = grad.const_data_ptr<T>() + b * (options.reduces ? 1 : n.queries);
       T *grad_queries = results.of_queries<T>(n, need_queries, b),
         *grad_prototypes = results.of_prototypes<T>(n, need_prototypes, b);
-      const int64_t stride = row_stride<T>(at_once);
-      const Scratch<T> weights(most_at_once * stride);
+      const Scratch<T> weights(std::min(n.queries, most_queries) * stride);
       std::vector<T> slopes(need_temperature ? n.queries : 0);
       for_ranges(n.classes, at_once, [&](Range classes) {
         const auto to = Points<T>::prototypes(p, b, classes.begin, classes.end, n.metric);
         T* of_block = need_prototypes ? grad_prototypes + classes.begin * n.features : nullptr;
         for_ranges(n.queries, most_queries, [&](Range some) {
           find_distances(from, some, to, n.metric, weights.data(), stride);
-          for_queries<T>(some, to.count(), [&](int64_t i, T* l) {
-            T* row = weights.data() + (i - some.begin) * stride;
-            const T of_loss = label[i] == options.ignore_index ? T(0) : incoming[options.reduces ? 0 : i] * share;
-            const int64_t at = b * n.queries + i;
-            FASTDA_RUN(logits(row, to.empty(), to.count(), temperature, l));
-            FASTDA_RUN(through_cross_entropy(l, to.count(), most.const_data_ptr<T>()[at],
-                                             log_sums.const_data_ptr<T>()[at], of_loss, spread));
-            if (classes.begin <= label[i] && label[i] < classes.end) l[label[i] - classes.begin] -= of_loss * on_target;
-            const T nearest = present_classes < n.classes ? T(0) : -most.const_data_ptr<T>()[at] * temperature;
-            FASTDA_RUN(weights_from_logits(row, to.empty(), to.count(), n.metric, temperature, nearest, l,
-                                           need_temperature ? &slopes[i] : nullptr));
-          });
-          gradients_from_weights(from, some, to, weights.data(), stride, n.metric,
-                                 put_or_add(classes.begin > 0), grad_queries, put_or_add(some.begin > 0), of_block);
+          state.weigh(some, classes, to.empty(), existing.const_data_ptr<int64_t>()[b], incoming,
+                      options.reduces ? 0 : 1, weights.data(), stride, need_temperature ? slopes.data() : nullptr);
+          gradients_from_weights(from, some, to, weights.data(), stride, n.metric, put_or_add(classes.begin > 0),
+                                 grad_queries, put_or_add(some.begin > 0), of_block);
         });
         if (need_prototypes) finish_prototypes(to, of_block);
       });
@@ -394,6 +453,103 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
   return {gradient_like(results.queries, queries, need_queries),
           gradient_like(results.prototypes, prototypes, need_prototypes),
           gradient_like(of_temperature, temperature, need_temperature)};
+}
+
+// How many queries' distances to all classes are held until the gradients have been taken from them: a fifth of all, or as
+// many as take little. 0 where that is too much, or so little that products are not the way to the gradients.
+int64_t queries_held(const Sizes& n) {
+  constexpr int64_t parts = 5, rows = 8, few = 64, little = 1 << 19, most = 1 << 22;  // the last two in distances
+  if (std::min({n.queries, n.classes, n.features}) < worth_packing) return 0;
+  const int64_t held = std::min(n.queries, std::max(blocks(blocks(n.queries, parts), rows) * rows, little / n.classes));
+  return held * n.classes <= most && (held >= few || held == n.queries) ? held : 0;
+}
+
+// The cross-entropy and its gradients in one pass: the distances of a block of queries are found once, where a backward
+// pass would have to find them again. Of finite points only.
+std::optional<WithGradients> prototype_cross_entropy_with_gradients(const c10::IValue* arguments,
+                                                                    const std::vector<bool>& needs) {
+  const Tensor &queries = arguments[0].toTensor(), &prototypes = arguments[1].toTensor(),
+               &temperature = arguments[2].toTensor(), &targets = arguments[3].toTensor();
+  const auto metric = arguments[6].toStringView(), reduction = arguments[7].toStringView();
+  if (reduction == "none" || !(needs[0] || needs[1])) return std::nullopt;
+  const KernelGuard guard;
+  const Sizes n = sizes_of(queries, prototypes, metric);
+  const int64_t held = queries_held(n);
+  if (held == 0) return std::nullopt;
+  const Targets options(targets, n, arguments[4].toInt(), arguments[5].toDouble(), reduction);
+  const auto dtype = accumulate_type(queries.scalar_type());
+  const CrossEntropy result(queries, targets, n, options);
+  const Results gradients(n, queries, prototypes, needs[0], needs[1]);
+  const Tensor of_temperature = empty_gradient(needs[2], temperature.sizes(), temperature, dtype);
+  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
+               p = matrices(prototypes, n.batch);
+  std::atomic<bool> finite{true};
+  accumulate_as(queries, [&](auto zero) {
+    using T = decltype(zero);
+    const bool serves = Points<T>::serves(p, n.metric);
+    for_batch(n.batch, [&](int64_t b) {
+      constexpr int64_t copied = 480;  // classes at once
+      const auto from = Points<T>::queries(q, b, n.metric);
+      const auto all = Points<T>::present_prototypes(p, b, {0, serves ? n.classes : 0}, n.metric);
+      const auto for_classes = [&](const auto& each) {
+        if (serves) return each(Range{0, n.classes}, all);
+        for_ranges(n.classes, copied, [&](Range classes) {
+          each(classes, Points<T>::present_prototypes(p, b, classes, n.metric));
+        });
+      };
+      bool finite_here = from.is_finite();
+      for_classes([&](Range, const Points<T>& to) { finite_here = finite_here && to.is_finite(); });
+      if (!finite_here) finite = false;
+      if (!finite) return;
+      auto state = result.of<T>(b, n, options, t.const_data_ptr<T>()[b]);
+      T *grad_queries = gradients.of_queries<T>(n, needs[0], b),
+        *grad_prototypes = gradients.of_prototypes<T>(n, needs[1], b);
+      const int64_t stride = row_stride<T>(n.classes);
+      const Scratch<T> block(held * stride);
+      std::vector<T> slopes(needs[2] ? n.queries : 0);
+      std::vector<double> of_prototypes(n.classes, 0);
+      const auto near_queries = centre_for(from, {0, n.queries}, n.metric);
+      const Range first{0, std::min<int64_t>(n.classes, 16)};
+      const auto near_classes = centre_for(Points<T>::present_prototypes(p, b, first, n.metric), first, n.metric);
+      const T one = 1;
+      state.begin();
+      for_ranges(n.queries, held, [&](Range some) {
+        const PackedQueries<T> packed(from, some, n.metric);
+        for_classes([&](Range classes, const Points<T>& to) {
+          packed.find_distances(to, block.data() + classes.begin, stride);
+        });
+        state.join(some, {0, n.classes}, nullptr, block.data(), stride);
+        state.finish(some, n.classes);
+        state.weigh(some, {0, n.classes}, nullptr, n.classes, &one, 0, block.data(), stride,
+                    needs[2] ? slopes.data() : nullptr);
+        std::vector<double> of_queries(some.size(), 0);
+        add_totals<T>({block.data(), stride, 1}, some.size(), n.classes, of_queries.data());
+        add_totals<T>({block.data(), 1, stride}, n.classes, some.size(), of_prototypes.data());
+        for_classes([&](Range classes, const Points<T>& to) {
+          const T* weights = block.data() + classes.begin;
+          const Range its{0, classes.size()};
+          if (needs[0]) {
+            sum_packed(from, some, to, its, {weights, stride, 1},
+                       {near_classes.data(), classes.end == n.classes ? of_queries.data() : nullptr, classes.begin > 0}, n.metric,
+                       grad_queries + some.begin * n.features);
+          }
+          if (!needs[1]) return;
+          T* of_block = grad_prototypes + classes.begin * n.features;
+          sum_packed(to, its, from, some, {weights, 1, stride},
+                     {near_queries.data(), some.end == n.queries ? of_prototypes.data() + classes.begin : nullptr,
+                      some.begin > 0},
+                     n.metric, of_block);
+          if (some.end == n.queries) finish_prototypes(to, of_block);
+        });
+      });
+      if (needs[0]) from.through_directions(0, n.queries, grad_queries);
+      if (needs[2]) data<T>(of_temperature)[b] = std::accumulate(slopes.begin(), slopes.end(), T(0));
+      result.finish(b, state, n.classes, true);
+    });
+  });
+  if (!finite) return std::nullopt;
+  return WithGradients{{result.loss, result.largest, result.log_sum, result.present, result.kept},
+                       {gradients.queries, gradients.prototypes, of_temperature}};
 }
 
 }  // namespace
@@ -408,8 +564,9 @@ TORCH_LIBRARY_IMPL(fastda, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastda, Autograd, m) {
-  for (const char* name : {"pairwise_distance", "prototype_softmax", "prototype_cross_entropy"})
-    differentiable(m, name);
+  differentiable(m, "pairwise_distance");
+  differentiable(m, "prototype_softmax");
+  differentiable(m, "prototype_cross_entropy", &prototype_cross_entropy_with_gradients);
 }
 
 }  // namespace fastda

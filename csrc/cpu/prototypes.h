@@ -10,6 +10,7 @@
 #include "matrix.h"
 #include "metric.h"
 
+#include <atomic>
 #include <limits>
 #include <vector>
 
@@ -41,6 +42,7 @@ inline Tensor matrices(const Tensor& x, int64_t batch) { return matrices(x, x.sc
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
+  bool has(int64_t i) const { return begin <= i && i < end; }
 };
 
 // Rows of x[b], ready for the loops: in dtype T, each a whole number of vectors. An empty prototype is replaced by
@@ -51,6 +53,15 @@ class Points {
   static Points queries(const Tensor& x, int64_t b, Metric metric) { return Points(x, b, 0, x.size(1), metric, false); }
   static Points prototypes(const Tensor& x, int64_t b, int64_t begin, int64_t end, Metric metric) {
     return Points(x, b, begin, end, metric, true);
+  }
+  // Prototypes none of which is taken to be empty.
+  static Points present_prototypes(const Tensor& x, int64_t b, Range rows, Metric metric) {
+    return Points(x, b, rows.begin, rows.end, metric, false);
+  }
+  // Whether rows of x serve as they are, without a copy, if none is empty.
+  static bool serves(const Tensor& x, Metric metric) {
+    return x.scalar_type() == c10::CppTypeToScalarType<T>::value && metric != Metric::cosine &&
+           x.size(2) % (vector_bytes / static_cast<int64_t>(sizeof(T))) == 0;
   }
 
   const T* row(int64_t i) const { return data_ + i * stride_; }
@@ -65,8 +76,12 @@ class Points {
   // Whether all rows are finite; found when it is first asked for.
   bool is_finite() const {
     if (finite_ < 0) {
-      bool finite = true;
-      for (int64_t i = 0; i < count_ && finite; ++i) FASTDA_RUN(all_finite(row(i), features_, &finite));
+      std::atomic<bool> finite{true};
+      at::parallel_for(0, count_, grain(features_), [&](int64_t begin, int64_t end) {
+        bool part = true;
+        for (int64_t i = begin; i < end && part; ++i) FASTDA_RUN(all_finite(row(i), features_, &part));
+        if (!part) finite = false;
+      });
       finite_ = finite;
     }
     return finite_ == 1;
@@ -150,11 +165,13 @@ class Points {
   mutable int finite_ = -1;  // not known yet
 };
 
-// A point near the rows of x: what cancels in products of theirs is less without it. 0 if there is none.
+// A point near some rows of x: what cancels in products of theirs is less without it. 0 if there is none, and for the
+// cosine, whose products do not cancel.
 template <typename T>
-std::vector<T> centre_of(const Points<T>& x, Range rows, int64_t width) {
+std::vector<T> centre_for(const Points<T>& x, Range rows, Metric metric) {
   constexpr int64_t at_most = 16;  // rows that are enough: near is all it has to be
-  std::vector<T> centre(width);
+  std::vector<T> centre(x.depth());
+  if (metric == Metric::cosine) return centre;
   const int64_t count = std::min(at_most, rows.size());
   for (int64_t i = 0; i < count; ++i) {
     const T* row = x.row(rows.begin + i * rows.size() / count);
@@ -165,61 +182,107 @@ std::vector<T> centre_of(const Points<T>& x, Range rows, int64_t width) {
   return centre;
 }
 
-// The distances by way of products.
-template <typename T>
-void find_distances_by_product(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out,
-                               int64_t stride) {
-  constexpr int64_t some_queries = 64;  // whose centred copy stays in the second cache
-  const bool cosine = metric == Metric::cosine;
-  const int64_t depth = q.depth(), classes = p.count();
-  const std::vector<T> centre = cosine ? std::vector<T>(depth) : centre_of(q, queries, depth);
-  int64_t columns = 0;
-  FASTDA_RUN(panel_width<T>(&columns));
-  const int64_t panels = blocks(classes, columns);
-  const Scratch<T> packed(panels * columns * depth), norms(panels * columns);
-  const auto pack = [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * columns;
-      FASTDA_RUN(pack_classes(p.row(first), p.stride(), std::min(columns, classes - first), depth, centre.data(),
-                              packed.data() + first * depth, norms.data() + first));
-    }
-  };
-  const auto multiply = [&](Range rows, int64_t begin, int64_t end) {
-    const Scratch<T> centred(some_queries * (depth + 1));
-    T* row_norms = centred.data() + some_queries * depth;
-    for (int64_t i = rows.begin; i < rows.end; i += some_queries) {
-      const int64_t count = std::min(some_queries, rows.end - i);
-      FASTDA_RUN(centre_rows(q.row(i), q.stride(), count, depth, centre.data(), centred.data(), row_norms));
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t first = panel * columns, width = std::min(columns, classes - first);
-        T* to = out + (i - queries.begin) * stride + first;
-        FASTDA_RUN(products_with_panel(centred.data(), count, packed.data() + first * depth, depth, width, to, stride));
-        if (!cosine) {
-          FASTDA_RUN(distances_from_products(q.row(i), q.stride(), row_norms, count, p.row(first), p.stride(),
-                                             norms.data() + first, width, depth, to, stride));
-        }
-        for (int64_t r = 0; r < count; ++r) FASTDA_RUN(distances_from_sums(to + r * stride, width, metric));
-      }
-    }
-  };
-  if (panels * some_queries >= queries.size()) {
-    at::parallel_for(0, panels, thread_grain(columns * queries.size() * depth), [&](int64_t begin, int64_t end) {
-      pack(begin, end);
-      multiply(queries, begin, end);
-    });
-  } else {
-    at::parallel_for(0, panels, thread_grain(columns * depth * 16), pack);
-    at::parallel_for(queries.begin, queries.end, thread_grain(classes * depth),
-                     [&](int64_t begin, int64_t end) { multiply({begin, end}, 0, panels); });
-  }
+inline PanelShape panel_shape_of(double) {
+  PanelShape shape{};
+  FASTDA_RUN(panel_shape<double>(&shape));
+  return shape;
 }
+
+inline PanelShape panel_shape_of(float) {
+  PanelShape shape{};
+  FASTDA_RUN(panel_shape<float>(&shape));
+  return shape;
+}
+
+// Queries as blocks of rows for products, less a point near them, and their squared norms.
+template <typename T>
+class PackedQueries {
+ public:
+  PackedQueries(const Points<T>& q, Range queries, Metric metric)
+      : q_(q),
+        queries_(queries),
+        metric_(metric),
+        shape_(panel_shape_of(T())),
+        centre_(centre_for(q, queries, metric)),
+        rows_(row_blocks() * shape_.rows * q.depth()),
+        norms_(row_blocks() * shape_.rows) {
+    at::parallel_for(0, row_blocks(), thread_grain(shape_.rows * q.depth() * 16), [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * shape_.rows; first < std::min(end * shape_.rows, queries_.size());
+           first += shape_.rows) {
+        FASTDA_RUN(pack_across(q_.row(queries_.begin + first), q_.stride(),
+                               std::min(shape_.rows, queries_.size() - first), q_.depth(), centre_.data(), shape_.rows,
+                               rows_.data() + first * q_.depth(), norms_.data() + first));
+      }
+    });
+  }
+
+  // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
+  void find_distances(const Points<T>& p, T* out, int64_t stride) const {
+    const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 1) * shape_.columns;
+    if (panels > row_blocks()) {
+      const int64_t work = shape_.columns * queries_.size() * q_.depth();
+      at::parallel_for(0, panels, thread_grain(work), [&](int64_t begin, int64_t end) {
+        const Scratch<T> packed(panel_size), products(queries_.size() * shape_.columns);
+        for (int64_t panel = begin; panel < end; ++panel) {
+          pack(p, panel, packed.data());
+          multiply({0, queries_.size()}, p, panel, packed.data(), products.data(), out, stride);
+        }
+      });
+      return;
+    }
+    const Scratch<T> packed(panels * panel_size);
+    at::parallel_for(0, panels, thread_grain(shape_.columns * q_.depth() * 16), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) pack(p, panel, packed.data() + panel * panel_size);
+    });
+    const int64_t work = shape_.rows * p.count() * q_.depth();
+    at::parallel_for(0, row_blocks(), thread_grain(work), [&](int64_t begin, int64_t end) {
+      const Range some{begin * shape_.rows, std::min(end * shape_.rows, queries_.size())};
+      const Scratch<T> products(some.size() * shape_.columns);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        multiply(some, p, panel, packed.data() + panel * panel_size, products.data(), out, stride);
+      }
+    });
+  }
+
+ private:
+  int64_t row_blocks() const { return blocks(queries_.size(), shape_.rows); }
+  int64_t width(const Points<T>& p, int64_t panel) const {
+    return std::min(shape_.columns, p.count() - panel * shape_.columns);
+  }
+
+  // A panel of classes, and their squared norms after it.
+  void pack(const Points<T>& p, int64_t panel, T* packed) const {
+    const int64_t whole = blocks(width(p, panel), shape_.rows) * shape_.rows;
+    FASTDA_RUN(pack_across(p.row(panel * shape_.columns), p.stride(), width(p, panel), p.depth(), centre_.data(), whole,
+                           packed, packed + shape_.columns * p.depth()));
+  }
+
+  // The products stay near until they are distances, and are written where they belong once.
+  void multiply(Range some, const Points<T>& p, int64_t panel, const T* packed, T* products, T* out,
+                int64_t stride) const {
+    const int64_t first = panel * shape_.columns, columns = width(p, panel), depth = q_.depth(), count = some.size();
+    T* to = out + some.begin * stride + first;
+    FASTDA_RUN(products_with_panel(rows_.data() + some.begin * depth, count, packed, depth, columns, products,
+                                   shape_.columns));
+    FASTDA_RUN(distances_from_products(metric_, products, shape_.columns, q_.row(queries_.begin + some.begin),
+                                       q_.stride(), norms_.data() + some.begin, count, p.row(first), p.stride(),
+                                       packed + shape_.columns * depth, columns, depth, to, stride));
+  }
+
+  const Points<T>& q_;
+  const Range queries_;
+  const Metric metric_;
+  const PanelShape shape_;
+  const std::vector<T> centre_;
+  const Scratch<T> rows_, norms_;
+};
 
 // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
 template <typename T>
 void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
-  constexpr int64_t classes_at_once = 20, queries_at_once = 32, worth_packing = 16;
-  if (queries.size() >= 2 * worth_packing && p.count() >= worth_packing && q.features() >= 2 * worth_packing) {
-    return find_distances_by_product(q, queries, p, metric, out, stride);
+  constexpr int64_t classes_at_once = 20, queries_at_once = 32;
+  if (queries.size() >= 32 && p.count() >= 16 && q.features() >= 32) {  // worth products
+    return PackedQueries<T>(q, queries, metric).find_distances(p, out, stride);
   }
   const auto run = [&](Range some, Range classes) {
     T* to = out + (some.begin - queries.begin) * stride + classes.begin;
@@ -250,41 +313,79 @@ struct Weights {
   int64_t row, step;
 };
 
+constexpr int64_t worth_packing = 40;  // rows, samples and features, each
 constexpr int64_t rows_at_once = 120;  // of a sum over samples, at most most_summed_rows
 
-// Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, where there are many rows x and many samples y.
+// A sum over samples, which may come in parts: c near all samples, and whether this part is added to others. The last one
+// has the totals, Σ_k w_k of each row over all parts; they are null in the others.
 template <typename T>
-void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
-                bool add, T* out) {
+struct PackedSums {
+  const T* centre;
+  const double* totals;
+  bool add;
+};
+
+// Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, where there are many rows x and many samples y: some rows and columns.
+// The samples pass by as deep as a panel.
+template <typename T>
+void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w,
+                PackedSums<T> sums, Metric metric, Range columns, T* out) {
+  const PanelShape shape = panel_shape_of(T());
   const bool product = metric == Metric::cosine;
-  const int64_t count = samples.size(), depth = y.depth();
-  int64_t panel = 0;
-  FASTDA_RUN(panel_width<T>(&panel));
-  const int64_t columns_at_once = 4 * panel, width = blocks(depth, panel) * panel;
-  const std::vector<T> centre = product ? std::vector<T>(width) : centre_of(y, samples, width);
-  std::vector<T> totals(rows.size());
-  const Scratch<T> packed(count * width);
-  at::parallel_for(0, blocks(width, columns_at_once), grain(count * columns_at_once), [&](int64_t begin, int64_t end) {
-    FASTDA_RUN(pack_samples(y.row(samples.begin), y.stride(), count, centre.data(), begin * columns_at_once,
-                            std::min(end * columns_at_once, width), depth, packed.data()));
-  });
-  if (!product) {
-    at::parallel_for(0, rows.size(), thread_grain(count), [&](int64_t begin, int64_t end) {
-      FASTDA_RUN(totals_of_weights(w.data + begin * w.row, w.row, w.step, end - begin, count, totals.data() + begin));
-    });
+  const int64_t panels = blocks(columns.size(), shape.columns);
+  const int64_t at_once = std::min(shape.depth, blocks(samples.size(), shape.rows) * shape.rows);
+  const int64_t panel_size = at_once * shape.columns;
+  const int64_t between = at_once * shape.rows, some_rows = 2 * shape.rows;  // whose weights stay in the first cache
+  const Scratch<T> weights(some_rows * at_once), packed(panels * panel_size);
+  for (int64_t k = samples.begin; k < samples.end; k += at_once) {
+    const int64_t some = std::min(at_once, samples.end - k);
+    const bool last = sums.totals && k + some == samples.end;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t d = columns.begin + panel * shape.columns;
+      const int64_t width = blocks(std::min(shape.columns, columns.end - d), shape.rows) * shape.rows;
+      FASTDA_RUN(pack_below(y.row(k) + d, y.stride(), some, sums.centre + d, width, packed.data() + panel * panel_size));
+    }
+    for (int64_t i = 0; i < rows.size(); i += some_rows) {
+      const int64_t count = std::min(some_rows, rows.size() - i);
+      for (int64_t block = 0; block < count; block += shape.rows) {
+        FASTDA_RUN(pack_weights(w.data + (i + block) * w.row + (k - samples.begin) * w.step, w.row, w.step,
+                                std::min(shape.rows, count - block), some, weights.data() + block * at_once));
+      }
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t d = columns.begin + panel * shape.columns, width = std::min(shape.columns, columns.end - d);
+        FASTDA_RUN(weigh_panel(product, weights.data(), between, count, packed.data() + panel * panel_size, some,
+                               x.row(rows.begin + i) + d, x.stride(),
+                               last && !product ? sums.totals + i : nullptr, sums.centre + d, width,
+                               sums.add || k > samples.begin, out + i * x.features() + d, x.features()));
+      }
+    }
   }
-  const int64_t row_blocks = blocks(rows.size(), rows_at_once), column_blocks = blocks(width, columns_at_once);
-  at::parallel_for(0, row_blocks * column_blocks, thread_grain(rows_at_once * columns_at_once * count),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) {
-                       const int64_t row = i % row_blocks * rows_at_once, column = i / row_blocks * columns_at_once;
-                       FASTDA_RUN(weigh_samples(product, x.row(rows.begin + row), x.stride(),
-                                                std::min(rows_at_once, rows.size() - row), w.data + row * w.row, w.row,
-                                                w.step, totals.data() + row, packed.data(), centre.data(), count,
-                                                column, std::min(column + columns_at_once, width), x.features(), add,
-                                                out + row * x.features(), x.features()));
-                     }
-                   });
+}
+
+// The same, on all threads: each takes some rows, or some columns where there are more samples to pack than rows.
+template <typename T>
+void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, PackedSums<T> sums,
+                Metric metric, T* out) {
+  const int64_t lanes = panel_shape_of(T()).rows;
+  const bool by_row = rows.size() > samples.size();
+  const int64_t count = by_row ? rows.size() : x.features();
+  const int64_t work = samples.size() * lanes * (by_row ? x.features() : rows.size());
+  at::parallel_for(0, blocks(count, lanes), thread_grain(work), [&](int64_t begin, int64_t end) {
+    const Range part{begin * lanes, std::min(end * lanes, count)};
+    const Range some = by_row ? part : Range{0, rows.size()}, columns = by_row ? Range{0, x.features()} : part;
+    sum_packed(x, {rows.begin + some.begin, rows.begin + some.end}, y, samples,
+               {w.data + some.begin * w.row, w.row, w.step},
+               {sums.centre, sums.totals ? sums.totals + some.begin : nullptr, sums.add}, metric, columns,
+               out + some.begin * x.features());
+  });
+}
+
+// Adds Σ_k w_k of each row to what is there.
+template <typename T>
+void add_totals(Weights<T> w, int64_t rows, int64_t samples, double* totals) {
+  at::parallel_for(0, rows, thread_grain(samples), [&](int64_t begin, int64_t end) {
+    FASTDA_RUN(totals_of_weights(w.data + begin * w.row, w.row, w.step, end - begin, samples, totals + begin));
+  });
 }
 
 // out = Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, for some rows x and some samples y, or added to it. out is
@@ -292,10 +393,12 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
 template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
                      Put put, T* out) {
-  constexpr int64_t worth_packing = 40;
   const int64_t least = std::min({rows.size(), samples.size(), x.features()});
   if (least >= worth_packing && x.is_finite() && y.is_finite()) {
-    return sum_packed(x, rows, y, samples, w, metric, put == Put::add, out);
+    const std::vector<T> centre = centre_for(y, samples, metric);
+    std::vector<double> totals(rows.size(), 0);
+    if (metric != Metric::cosine) add_totals(w, rows.size(), samples.size(), totals.data());
+    return sum_packed(x, rows, y, samples, w, {centre.data(), totals.data(), put == Put::add}, metric, out);
   }
   // Of large sums of a few terms; of more terms, or less work, each difference on its own is the more exact way.
   constexpr int64_t worth_sharing = 1 << 14, few_terms = 16;

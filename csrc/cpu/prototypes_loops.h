@@ -33,21 +33,6 @@ inline float exponential(float x) {
 
 inline double exponential(double x) { return std::exp(x); }
 
-// Sums over features become distances.
-template <typename T>
-void distances_from_sums(T* row, int64_t classes, Metric metric) {
-  if (metric == Metric::euclidean) {
-#pragma omp simd
-    for (int64_t c = 0; c < classes; ++c) row[c] = std::sqrt(row[c]);
-  } else if (metric == Metric::cosine) {
-#pragma omp simd
-    for (int64_t c = 0; c < classes; ++c) {
-      const T distance = 1 - row[c], above = distance < 0 ? T(0) : distance;
-      row[c] = above > 2 ? T(2) : above;
-    }
-  }
-}
-
 // −d/T, −Inf for an empty class.
 template <typename T>
 void logits(const T* distances, const uint8_t* empty, int64_t classes, T temperature, T* out) {
