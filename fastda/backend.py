@@ -38,17 +38,7 @@ PROTOTYPES = (
 KERNELS = {
     "cpp": (*ADVERSARIAL, "coral_loss", "covariance", "deep_coral_loss", *PROTOTYPES),
     "cuda": ADVERSARIAL,
-    "triton": (
-        "class_means",
-        "coral_loss",
-        "covariance",
-        "deep_coral_loss",
-        "pairwise_distance",
-        "prototype_cross_entropy",
-        "prototype_log_softmax",
-        "prototype_softmax",
-        "prototypical_loss",
-    ),
+    "triton": ("coral_loss", "covariance", "deep_coral_loss", *PROTOTYPES),
 }
 """Ops with a kernel of their own, by backend; every other op is the reference re-exported, under every setting."""
 

@@ -77,6 +77,9 @@ def test_cases_cover_every_row():
         "coral 16384×2048 bf16 GPU",
         "covariance 65536×1024 bf16 GPU",
         "cross-entropy Q 8192 × C 100000 × D 512 bf16 GPU",
+        "nearest of 100000 classes Q 256 D 640 GPU",
+        "nearest of 100000 classes Q 256 D 640 bf16 GPU",
+        "class means 1000×5×640 GPU",
         "reversal fork 131072×2048 GPU",
         "reversal fork 131072×2048, λ on the device GPU",
     }

@@ -361,6 +361,19 @@ def _cross_entropy(queries: int, classes: int, features: int, *figures: Figure, 
     return _case(label, "prototypes", "prototype_cross_entropy", sizes, _many_classes, count, figures, **options)
 
 
+def _nearest_classes(*figures: Figure, **options) -> Case:
+    label, op = "nearest of {classes} classes Q {queries} D {features}", "nearest_prototype"
+    sizes = {"queries": 256, "classes": 100_000, "features": 640}
+    options |= {"differentiable": False, "phase": "forward"}
+    return _case(label, "prototypes", op, sizes, _nearest, _nearest_work, figures, **options)
+
+
+def _means(*figures: Figure, **options) -> Case:
+    label, op = "class means {classes}×{shots}×{features}", "class_means"
+    sizes = {"classes": 1000, "shots": 5, "features": 640}
+    return _case(label, "prototypes", op, sizes, _support, _class_means_work, figures, phase="forward", **options)
+
+
 def _fork(samples: int, features: int, *figures: Figure, **options) -> Case:
     sizes = {"samples": samples, "features": features}
     label, op = "reversal fork {samples}×{features}", "gradient_reversal_fork"
@@ -418,31 +431,12 @@ CPU_CASES = (
         Figure(1.0, ("reference compiled", "careful compiled")),
         Figure(0.25, quantity="memory"),
     ),
-    _case(
-        "nearest of {classes} classes Q {queries} D {features}",
-        "prototypes",
-        "nearest_prototype",
-        {"queries": 256, "classes": 100_000, "features": 640},
-        _nearest,
-        _nearest_work,
-        (
-            Figure(1.3, ("reference", "careful")),
-            Figure(1.05, ("reference compiled", "careful compiled")),
-            Figure(0.10, quantity="memory"),
-        ),
-        differentiable=False,
-        phase="forward",
+    _nearest_classes(
+        Figure(1.3, ("reference", "careful")),
+        Figure(1.05, ("reference compiled", "careful compiled")),
+        Figure(0.10, quantity="memory"),
     ),
-    _case(
-        "class means {classes}×{shots}×{features}",
-        "prototypes",
-        "class_means",
-        {"classes": 1000, "shots": 5, "features": 640},
-        _support,
-        _class_means_work,
-        (Figure(20, ("easyfsl",)), Figure(2, ("careful",))),
-        phase="forward",
-    ),
+    _means(Figure(20, ("easyfsl",)), Figure(2, ("careful",))),
     _fork(64, 256, Figure(1.4, ("careful",)), Figure(1.0, ("two view_as",))),
     _fork(256, 2048, Figure(1.8, ("careful",))),
     _fork(4096, 2048, Figure(1.8, ("careful",)), Figure(0.95, ("no reversal",))),
@@ -483,6 +477,9 @@ GPU_CASES = (
         device="cuda",
         dtype=torch.bfloat16,
     ),
+    _nearest_classes(Figure(0.10, quantity="memory"), device="cuda"),
+    _nearest_classes(Figure(0.10, quantity="memory"), device="cuda", dtype=torch.bfloat16),
+    _means(Figure(2, ("careful",)), device="cuda"),
     _fork(131_072, 2048, Figure(0.85, quantity="limit"), device="cuda"),
     _case(
         "reversal fork {samples}×{features}, λ on the device",

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..kernels.tiles import on_amd
-from ..kernels.triton import coral, covariance, problem, prototype_classes, prototypes
+from ..kernels.triton import coral, covariance, nearest_prototype, problem, prototype_classes, prototypes
 from ..kernels.triton.problem import accumulator
 from ..reference.prototypes import METRICS
 from .cases import CPU_CASES, GPU_CASES, Case
@@ -136,6 +136,7 @@ SERVED = {
     "class_means": prototype_classes,
     "coral_loss": coral,
     "covariance": covariance,
+    "nearest_prototype": nearest_prototype,
     "pairwise_distance": prototypes,
     "prototype_cross_entropy": prototypes,
     "prototype_softmax": prototypes,
@@ -199,6 +200,8 @@ def calls_of(case: Case | None) -> list[Call]:
     if case.op == "class_means":
         *tensors, num_classes = inputs
         return [Call(case.op, tuple(tensors), (num_classes, "nan"), 1)]
+    if case.op == "nearest_prototype":
+        return [Call(case.op, inputs, (k, metric), 2) for metric in METRICS for k in (1, 32)]
     if case.op == "prototype_cross_entropy":
         queries, classes, targets = inputs
         temperature = torch.empty(queries.shape[:-2], dtype=accumulator(case.dtype), device="meta")

@@ -14,6 +14,7 @@ TOPICS = {
     "coral_layers": "coral",
     "coral_loss": "coral",
     "covariance": "covariance",
+    "nearest_prototype": "nearest_prototype",
     "pairwise_distance": "prototypes",
     "prototype_cross_entropy": "prototypes",
     "prototype_softmax": "prototypes",

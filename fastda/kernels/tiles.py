@@ -179,6 +179,15 @@ def class_splits(programs: int, tiles: int, device: torch.device) -> int:
     return max(1, min(tiles, 2 * multiprocessors(device) // max(programs, 1)))
 
 
+MOST_SLOTS = 32
+"""Neighbours that a search keeps for each query; more are found by sorting."""
+
+
+def select(candidates: int) -> Blocks:
+    columns = min(1024, max(16, 1 << (candidates - 1).bit_length()))
+    return Blocks(min(16, 2048 // columns), columns, 0, 4, 1)
+
+
 def weights_width(rows: int, num_classes: int, block: int, half: bool) -> int:
     """For how many classes weights are held at a time."""
     most = max(1, WEIGHTS[half] // max(1, rows * block))

@@ -69,6 +69,21 @@ def test_half_precision_products_of_many_classes(metric):
         assert (got[name].double() - expected).norm() <= allowed * expected.norm(), name
 
 
+@pytest.mark.parametrize("k", [1, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_nearest_of_many_classes(dtype, k):
+    """Each class stands there twice: the lower index comes first. More neighbours than a search keeps are sorted."""
+    draw = Draw(Sizes(batch=(2,), others=130, features=64, classes=5000), dtype)
+    arguments = on_gpu(BY_NAME["nearest_prototype"].arguments(draw, k=k))
+    arguments["prototypes"][:, 7] = torch.nan
+    arguments["prototypes"] = torch.cat([arguments["prototypes"]] * 2, 1)
+    distances, indices = fastda.nearest_prototype(**arguments)
+    expected = fastda.reference.nearest_prototype(**map_floating(arguments, lambda _, x: x.double()))
+    torch.testing.assert_close(distances.double(), expected[0], rtol=1e-4, atol=1e-4)
+    assert (indices == expected[1]).double().mean() > 0.99  # others are nearer to each other than float32 resolves
+    assert (indices[..., 0] < 5000).all() and not (indices % 5000 == 7).any()
+
+
 @each_op
 def test_agrees_with_the_cpu(op):
     arguments = op.arguments(Draw(LARGE, torch.float64))

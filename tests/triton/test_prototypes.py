@@ -10,6 +10,7 @@ from ops_under_test import BY_NAME, METRICS, Draw, Sizes
 from strategies import LAYOUTS, describe, lay_out
 from tolerance import assert_as_accurate_as_reference, is_floating, map_floating, results
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastda
 import fastda.reference
@@ -24,6 +25,7 @@ AGAINST = [op for op in SERVED if "prototypes" in op.arguments()]
 each_of_prototypes = pytest.mark.parametrize("op", AGAINST, ids=str)
 EPISODE, MEANS = BY_NAME["prototypical_loss"], BY_NAME["class_means"]
 CROSS_ENTROPY, DISTANCE = BY_NAME["prototype_cross_entropy"], BY_NAME["pairwise_distance"]
+NEAREST = BY_NAME["nearest_prototype"]
 
 
 def check(op, arguments):
@@ -120,6 +122,35 @@ def test_half_precision_products(metric, dtype, small_tiles, half_products):
         assert (result.double() - expected[name]).norm() <= allowed * expected[name].norm(), name
 
 
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize(
+    "metric, dtype",
+    [("sqeuclidean", torch.float32), ("euclidean", torch.float64), ("sqeuclidean", torch.bfloat16)],
+)
+def test_nearest_in_order(metric, dtype, k, small_tiles):
+    """Ties go to the lower index, over tiles and chunks of classes; NaN comes last, and empty classes after it."""
+    draw = Draw(Sizes(), dtype)
+    queries, some = draw.normal(2, 18, 5), draw.normal(2, 20, 5)
+    some[:, 2], some[:, 7, 1], some[:, 5, 0] = torch.nan, torch.nan, torch.inf
+    prototypes = torch.cat((some, some), 1)
+    got = fastda.nearest_prototype(queries, prototypes, metric=metric, k=k)
+    expected = fastda.reference.nearest_prototype(queries, prototypes, metric=metric, k=k)
+    assert torch.equal(got[1], expected[1])
+    assert_close(got[0], expected[0], equal_nan=True)
+
+
+@each_metric
+def test_gradients_of_several_neighbours(metric, small_tiles, heuristic):
+    """Found in slots and by sorting alike."""
+    arguments = several_tiles(NEAREST, metric) | {"k": 3}
+    check(NEAREST, arguments)
+    found = fastda.nearest_prototype(**arguments)
+    heuristic("MOST_SLOTS", 2)
+    check(NEAREST, arguments)
+    for one, other in zip(found, fastda.nearest_prototype(**arguments)):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_products_far_from_zero(dtype, small_tiles, half_products):
     """Squares of 10⁵ beside distances of 10: float32 sums of products that are not centred are off by 0.02 and more."""
@@ -166,6 +197,9 @@ def test_distances_far_from_zero_and_of_equal_points(metric):
     check(DISTANCE, arguments)
     got = results(fastda.pairwise_distance, arguments)["output 0"]
     assert got[1, 2] == 0 and (got > 0).sum() == 24
+    check(NEAREST, arguments | {"k": 2})
+    distances, indices = fastda.nearest_prototype(**arguments)
+    assert torch.equal(indices.squeeze(-1), got.argmin(-1)) and distances[1] == 0
     labels = torch.arange(5)
     episode = {"support": prototypes, "support_labels": labels, "queries": queries, "query_labels": labels}
     check(EPISODE, episode | {"num_classes": 5, "metric": metric})
@@ -245,31 +279,46 @@ def test_a_batch_of_episodes_takes_two_launches_forward_and_two_backward(episode
     problem.noted.clear()
 
 
-def test_memory_of_a_cross_entropy_of_many_classes():
-    """Beyond inputs and results at most 1 % of queries × classes in float32, looked at on the meta device."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class AllocatedBytes(TorchDispatchMode):
+    """Of the tensors that are made, freed or not; on the meta device a GPU's."""
 
+    def __enter__(self):
+        self.bytes = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "empty" in str(function):
+            self.bytes += result.nbytes
+        return result
+
+
+def test_memory_of_a_cross_entropy_of_many_classes():
+    """Beyond inputs and results at most 1 % of queries × classes in float32."""
     from fastda.kernels.triton import problem, prototypes
 
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if "empty" in str(function):
-                sizes.append(result.numel() * result.element_size())
-            return result
-
-    sizes = []
     queries, classes = (torch.empty(n, 512, device="meta", dtype=torch.bfloat16) for n in (8192, 100_000))
     tensors = queries, classes, torch.empty((), device="meta"), torch.empty(8192, device="meta", dtype=torch.int64)
-    with Sizes():
+    with AllocatedBytes() as forward:
         results = prototypes.prototype_cross_entropy(*tensors, -100, 0.0, "sqeuclidean", "mean")
-        forward, sizes = sum(sizes), []
+    with AllocatedBytes() as backward:
         grads = prototypes.prototype_cross_entropy_backward(
             results[0], *tensors, *results[1:], -100, 0.0, "sqeuclidean", "mean", True, True, False
         )
-        backward = sum(sizes) - sum(grad.numel() * 2 for grad in grads[:2])
     problem.noted.clear()
-    assert forward < backward < 0.0125 * 8192 * 100_000 * 4
+    assert forward.bytes < backward.bytes - sum(grad.nbytes for grad in grads[:2]) < 0.0125 * 8192 * 100_000 * 4
+
+
+def test_memory_of_the_nearest_of_many_classes():
+    """Beyond inputs and results less than 1 % of queries × classes in float32; that of many neighbours some per cent."""
+    from fastda.kernels.triton import nearest_prototype, problem
+
+    queries, classes = (torch.empty(n, 640, device="meta") for n in (256, 100_000))
+    for k, share in ((1, 0.01), (32, 0.05)):
+        with AllocatedBytes() as allocated:
+            results = nearest_prototype.nearest_prototype(queries, classes, k, "sqeuclidean")
+        problem.noted.clear()
+        assert allocated.bytes - sum(x.nbytes for x in results) < share * 256 * 100_000 * 4
 
 
 @each_metric
@@ -304,5 +353,7 @@ def test_a_direct_call_is_checked():
         ops.prototypical_loss(x, torch.ones(3, 6), t, labels, labels, 3, "sqeuclidean", "mean")
     with pytest.raises(ValueError, match="prototypes: expected the batch dimensions and features of queries"):
         ops.pairwise_distance(x, torch.ones(3, 6), "sqeuclidean")
+    with pytest.raises(ValueError, match="k: expected 1 ... 3"):
+        ops.nearest_prototype(x, x, 4, "sqeuclidean")
     with pytest.raises(TypeError, match="prototypes: expected torch.float32"):
         ops.pairwise_distance(x, x.double(), "sqeuclidean")

@@ -82,6 +82,8 @@ def test_every_case_on_every_target(precision, tmp_path):
         "join_kernel",
         "distances_kernel",
         "softmax_kernel",
+        "nearest_kernel",
+        "select_kernel",
         "weights_kernel",
         "pull_kernel",
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .points import differences_squared, kernel, load_rows, weights_of
+from .points import differences_squared, kernel, load_rows, located, weights_of
 
 
 @kernel
@@ -218,12 +218,9 @@ def sweep_kernel(
     batch = (program // blocks // splits).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < num_queries
-    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
-    exact_queries += batch * tl.multiple_of(exact_batch.to(tl.int64), ALIGN)
-    prototypes += batch * tl.multiple_of(prototypes_batch.to(tl.int64), ALIGN)
-    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
-    exact_row = tl.multiple_of(exact_row.to(tl.int64), ALIGN)
-    prototypes_row = tl.multiple_of(prototypes_row.to(tl.int64), ALIGN)
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
+    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
+    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     target = class_of(targets + place, in_rows, num_classes)
@@ -308,7 +305,7 @@ def join_kernel(
 
 @kernel
 def weights_kernel(
-    grad,  # (batch,) or (batch, Q); (batch, Q, C) where MODE is not "cross entropy"
+    grad,  # (batch,) or (batch, Q) of a "cross entropy"; (batch, Q, k) of "neighbours"; else (batch, Q, C)
     queries,
     exact_queries,
     prototypes,
@@ -316,7 +313,7 @@ def weights_kernel(
     of_queries,
     of_classes,
     temperature,
-    targets,
+    targets,  # (batch, Q); (batch, Q, k), the classes, where MODE is "neighbours"
     largest_logits,
     log_sums,
     present,
@@ -340,6 +337,7 @@ def weights_kernel(
     first_class,
     width,
     ignore_index,
+    num_neighbours,
     MODE: tl.constexpr,
     METRIC: tl.constexpr,
     MEAN: tl.constexpr,
@@ -366,12 +364,9 @@ def weights_kernel(
     local = class_block * CLASSES + tl.arange(0, CLASSES)
     classes = first_class + local
     in_classes = classes < num_classes
-    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
-    exact_queries += batch * tl.multiple_of(exact_batch.to(tl.int64), ALIGN)
-    prototypes += batch * tl.multiple_of(prototypes_batch.to(tl.int64), ALIGN)
-    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
-    exact_row = tl.multiple_of(exact_row.to(tl.int64), ALIGN)
-    prototypes_row = tl.multiple_of(prototypes_row.to(tl.int64), ALIGN)
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
+    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
+    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     of_class = tl.load(of_classes + batch * num_classes + classes, in_classes, other=-1.0)
@@ -385,7 +380,7 @@ def weights_kernel(
     counted = in_rows
     number = tl.load(present + batch)
     largest = tl.zeros((BLOCK,), ACCUMULATOR)
-    if MODE != "distance":
+    if MODE != "distance" and MODE != "neighbours":
         largest = tl.load(largest_logits + place, in_rows, other=0.0)
         log_sum = tl.load(log_sums + place, in_rows, other=0.0)
         probability = tl.exp((distance * (-1.0 / t) - largest[:, None]) - log_sum[:, None])
@@ -400,6 +395,15 @@ def weights_kernel(
             of_logit -= SMOOTHING / number.to(ACCUMULATOR)
         of_logit -= tl.where(classes[None, :] == target[:, None], 1.0 - SMOOTHING, 0.0)
         of_logit *= g[:, None]
+    elif MODE == "neighbours":
+        of_logit = tl.zeros((BLOCK, CLASSES), ACCUMULATOR)
+        neighbour = place * num_neighbours
+        for _ in range(0, num_neighbours):
+            incoming = tl.load(grad + neighbour, in_rows, other=0.0).to(ACCUMULATOR)
+            class_ = tl.load(targets + neighbour, in_rows, other=-1)
+            of_logit -= tl.where(classes[None, :] == class_[:, None], incoming[:, None], 0.0)
+            neighbour += 1
+        t = tl.full((), 1.0, ACCUMULATOR)
     else:
         offsets = place[:, None] * num_classes + classes[None, :]
         incoming = tl.load(grad + offsets, in_rows[:, None] & there[None, :], other=0.0).to(ACCUMULATOR)
@@ -475,12 +479,9 @@ def distances_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     classes = class_block * CLASSES + tl.arange(0, CLASSES)
     in_rows, in_classes = rows < num_queries, classes < num_classes
-    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
-    exact_queries += batch * tl.multiple_of(exact_batch.to(tl.int64), ALIGN)
-    prototypes += batch * tl.multiple_of(prototypes_batch.to(tl.int64), ALIGN)
-    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
-    exact_row = tl.multiple_of(exact_row.to(tl.int64), ALIGN)
-    prototypes_row = tl.multiple_of(prototypes_row.to(tl.int64), ALIGN)
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
+    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
+    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     of_class = tl.load(of_classes + batch * num_classes + classes, in_classes, other=-1.0)
@@ -671,10 +672,8 @@ def pull_kernel(
     each = of_class + of_query
     local = program % each
     batch = (program // each).to(tl.int64)
-    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
-    prototypes += batch * tl.multiple_of(prototypes_batch.to(tl.int64), ALIGN)
-    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
-    prototypes_row = tl.multiple_of(prototypes_row.to(tl.int64), ALIGN)
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
+    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
     weights += batch * num_queries * width
     centre += batch * num_features
     of_queries += batch * num_queries

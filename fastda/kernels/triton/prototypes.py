@@ -267,6 +267,7 @@ def gradients(
     ignore_index: int = 0,
     mean: bool = False,
     label_smoothing: float = 0.0,
+    num_neighbours: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of some classes at a time, the distances formed again, then the products of the gradients with them."""
     batch, num_queries, num_classes, num_features = points.sizes
@@ -304,6 +305,7 @@ def gradients(
             first_class,
             width,
             ignore_index,
+            num_neighbours,
             MODE=mode,
             MEAN=mean,
             SMOOTHING=label_smoothing,
