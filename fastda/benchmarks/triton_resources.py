@@ -1,10 +1,10 @@
 """What a Triton kernel takes of a GPU, without the GPU: compiled to machine code, its registers, spills, shared memory
 and matrix instructions are read back.
 
-    python -m fastda.benchmarks.triton_resources --output bench/results/triton-resources.json
+    python -m fastda.benchmarks.triton_resources --output bench/results/triton/resources.json
 
-compiles the kernels at the block sizes that the cases choose. Not under TRITON_INTERPRET=1, which replaces the
-kernels by Python.
+compiles the kernels at the block sizes that the cases choose, which takes half an hour, or seconds where Triton's cache
+has them. Not under TRITON_INTERPRET=1, which replaces the kernels by Python.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..kernels.triton.problem import accumulator
 from ..reference.prototypes import METRICS
 from .cases import CPU_CASES, GPU_CASES, Case
 from .record import write
+from .resource_tables import markdown
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,8 +51,9 @@ class Resources:
     Attributes:
         target: a key of `TARGETS`.
         registers: of a thread.
-        spills: bytes of a thread that did not fit into registers and live in memory; 0 is what we want. Scalar
-            registers that AMD's compiler keeps in lanes of vector registers are not in memory.
+        spills: bytes of a thread that did not fit into registers; 0 is what we want. On AMD those of vector registers
+            and of scratch memory. Scalar registers that its compiler parks in lanes of a vector register do not count:
+            that is one instruction each way and no memory, and `registers` includes the vector register.
         shared_bytes: of a block.
         matrix_instructions: the kinds used.
     """
@@ -143,6 +145,11 @@ SERVED = {
     "prototypical_loss": prototype_classes,
 }
 """Ops with Triton kernels, and the module that launches them."""
+
+TOLD = (
+    "METRIC", "MODE", "ROUTE", "SLOTS", "BLOCK", "ROWS", "WIDTH", "CLASSES", "CLASS_WIDTH", "COLUMNS", "BLOCK_K"
+)  # fmt: skip
+"""Constants that the record names."""
 
 LAYERS = "deep coral, layers of 256, 512 and 64 features"
 
@@ -259,7 +266,7 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
     usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly))
-    return int(usage["vgpr_count"]), max(int(usage["vgpr_spill_count"]), int(usage["private_segment_fixed_size"]))
+    return int(usage["vgpr_count"]), max(4 * int(usage["vgpr_spill_count"]), int(usage["private_segment_fixed_size"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -267,25 +274,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="parts of names; default all")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--precision", choices=("highest", "high"), default="highest", help="of float32 products")
-    parser.add_argument("--output", type=Path, help="a JSON file for the record")
+    parser.add_argument("--output", type=Path, help="a JSON file for the record, and Markdown beside it")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision(options.precision)
-    rows, seen = [], set()
+    chosen = different_launches(options.cases)
+    record = {"triton": triton.__version__, "precision": options.precision, "complete": False, "kernels": []}
+    for target in options.targets:
+        for name, launch in chosen:
+            row = {"case": name, "kernel": launch.name, "programs": launch.programs, **launch.options}
+            row["constants"] = {part: launch.constants[part] for part in TOLD if part in launch.constants}
+            row |= dataclasses.asdict(launch.resources(target))
+            record["kernels"].append(row)
+            print(_line(row), flush=True)
+        record["complete"] = target == options.targets[-1]
+        if options.output:
+            write(record, options.output)
+            options.output.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    return 1 if any(row["spills"] for row in record["kernels"]) else 0
+
+
+def different_launches(parts: Collection[str] = ()) -> list[tuple[str, Launch]]:
+    """Of the cases whose name has one of the parts, or of all; each with the name of the first case that has it."""
+    found: dict[tuple, tuple[str, Launch]] = {}
     for name, case in served_cases().items():
-        if options.cases and not any(part in name for part in options.cases):
-            continue
-        for launch in launches_of(case):
-            kind = (launch.name, str(launch.signature), str(launch.constants), launch.aligned, str(launch.options))
-            for target in options.targets if kind not in seen else ():
-                row = {"case": name, "kernel": launch.name, "programs": launch.programs, **launch.options}
-                row |= {part: value for part, value in launch.constants.items() if part.startswith(("BLOCK", "WIDTH"))}
-                row |= dataclasses.asdict(launch.resources(target))
-                rows.append(row)
-                print(_line(row), flush=True)
-            seen.add(kind)
-    if options.output:
-        write({"triton": triton.__version__, "precision": options.precision, "kernels": rows}, options.output)
-    return 1 if any(row["spills"] for row in rows) else 0
+        if not parts or any(part in name for part in parts):
+            for launch in launches_of(case):
+                kind = launch.name, str(launch.signature), str(launch.constants), launch.aligned, str(launch.options)
+                found.setdefault(kind, (name, launch))
+    return list(found.values())
 
 
 def _line(row: dict[str, object]) -> str:

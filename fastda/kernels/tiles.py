@@ -36,16 +36,20 @@ class Blocks:
     depth: int
     num_warps: int
     num_stages: int
+    registers: int = 0  # of a thread, on NVIDIA: its compiler aims at them, and unasked spills some for fewer
 
     @property
     def options(self) -> dict[str, object]:
         # The contraction to fused multiply-adds is asked for: Triton is about to change its default.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.registers:
+            options["maxnreg"] = self.registers
         return on_amd(options) if torch.version.hip else options
 
 
 def on_amd(options: dict[str, object]) -> dict[str, object]:
-    """Its 64 KiB of shared memory hold no more than two stages of the larger tiles."""
+    """Its 64 KiB of shared memory hold no more than two stages of the larger tiles, and its registers are its own."""
+    options = {name: value for name, value in options.items() if name != "maxnreg"}
     return options | {"num_stages": min(2, options["num_stages"])}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .device import is_last, ordered_sum
-from .points import centre_of, differences_squared, kernel, load_rows, weights_of
+from .points import centre_of, differences_squared, kernel, load_rows, located, weights_of
 
 
 @kernel
@@ -36,8 +36,7 @@ def class_means_kernel(
     batch = (program // column_blocks // num_classes).to(tl.int64)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < num_features
-    support += batch * tl.multiple_of(support_batch.to(tl.int64), ALIGN)
-    support_row = tl.multiple_of(support_row.to(tl.int64), ALIGN)
+    support, support_row = located(support, batch, support_batch, support_row, ALIGN)
     labels += batch * num_samples
     total = tl.zeros((COLUMNS,), ACCUMULATOR)
     count, wrong = tl.zeros((), tl.int64), tl.zeros((), tl.int32)
@@ -140,8 +139,7 @@ def episode_kernel(
     rows = program % blocks * BLOCK + tl.arange(0, BLOCK)
     classes = tl.arange(0, CLASSES)
     in_rows, in_classes = rows < num_queries, classes < num_classes
-    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
-    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
     prototypes += batch * num_classes * num_features
 
     products = tl.zeros((BLOCK, CLASSES), ACCUMULATOR)
@@ -247,8 +245,7 @@ def episode_gradient_kernel(
     batch = (program // column_blocks // blocks).to(tl.int64)
     classes = tl.arange(0, CLASSES)
     in_columns, in_classes = columns < num_features, classes < num_classes
-    queries += batch * tl.multiple_of(queries_batch.to(tl.int64), ALIGN)
-    queries_row = tl.multiple_of(queries_row.to(tl.int64), ALIGN)
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
     prototypes += batch * num_classes * num_features
     weights += batch * num_queries * num_classes
     grad += batch * grad_batch

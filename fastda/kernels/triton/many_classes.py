@@ -1,4 +1,4 @@
-"""Kernels for queries against any number of classes: distances tile by tile, what a loss makes of them, and gradients.
+"""Kernels for queries against any number of classes: distances tile by tile, and what a loss makes of them.
 
 Where RAW, features in half precision are multiplied as they are, but for the queries, which are a copy less a centre of
 their own dtype: that is exact where it matters, since a feature has a centre only where it is far from 0 against its
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .points import differences_squared, kernel, load_rows, located, weights_of
+from .points import differences_squared, kernel, load_rows, located
 
 
 @kernel
@@ -80,7 +80,7 @@ def statistics_kernel(
                 values = rounded.to(ACCUMULATOR)
                 offsets = place[:, None] * num_features + columns[None, :]
                 tl.store(copy + offsets, rounded, in_rows[:, None] & within[None, :])
-                product += tl.sum(values * mean[None, :], 1)
+                product += tl.sum(tl.where(tl.abs(values) < float("inf"), values * mean[None, :], 0.0), 1)
         values = tl.where(within[None, :], values, 0.0)
         total += tl.sum(values * values, 1)
     if METRIC == "cosine":
@@ -94,23 +94,26 @@ def statistics_kernel(
 
 
 @triton.jit
+def points_of(
+    batch, queries, exact_queries, prototypes, centre, of_classes, queries_batch, queries_row, exact_batch, exact_row,
+    prototypes_batch, prototypes_row, num_queries, num_classes, num_features, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The points of a batch element, as `distance_tile` takes them. exact_queries: as they are where `queries` is the
+    copy."""
+    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
+    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
+    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
+    features = queries, queries_row, exact_queries, exact_row, prototypes, prototypes_row
+    known = centre + batch * num_features, of_classes + batch * num_classes
+    return features, known, (num_queries, num_classes, num_features)
+
+
+@triton.jit
 def distance_tile(
-    queries,  # of this batch element; the copy where RAW
-    exact_queries,  # of this batch element
-    prototypes,
-    centre,
-    of_queries,
-    of_classes,
-    queries_row,
-    exact_row,
-    prototypes_row,
+    points,
+    of_queries,  # (rows,): their statistics
     rows,
-    in_rows,
     classes,
-    there,
-    num_queries,
-    num_classes,
-    num_features,
     METRIC: tl.constexpr,
     RAW: tl.constexpr,
     CLOSE: tl.constexpr,
@@ -119,18 +122,24 @@ def distance_tile(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Distances of some queries to some classes. of_queries, of_classes: their statistics."""
+    """Distances of some queries to some classes, and which of these exist and are not empty."""
+    features, (centre, statistics), (num_queries, num_classes, num_features) = points
+    queries, queries_row, exact_queries, exact_row, prototypes, prototypes_row = features
+    in_rows = rows < num_queries
+    of_classes = tl.load(statistics + classes, classes < num_classes, other=-1.0)
+    there = (of_classes < 0.0) == 0  # NaN is there
+    present = there
     if METRIC != "cosine":  # what is infinitely far is so by its statistics: Inf − Inf is no distance
         in_rows = in_rows & (of_queries != float("inf"))
-        there = there & (of_classes != float("inf"))
+        present = present & (of_classes != float("inf"))
     products = tl.zeros((rows.shape[0], classes.shape[0]), ACCUMULATOR)
     q = queries + rows[:, None].to(tl.int64) * queries_row
     p = prototypes + classes[None, :].to(tl.int64) * prototypes_row
     for k in range(0, num_features, BLOCK_K):
-        features = k + tl.arange(0, BLOCK_K)
-        within = features < num_features
-        a = tl.load(q + features[None, :], in_rows[:, None] & within[None, :], other=0.0)
-        b = tl.load(p + features[:, None], there[None, :] & within[:, None], other=0.0)
+        columns = k + tl.arange(0, BLOCK_K)
+        within = columns < num_features
+        a = tl.load(q + columns[None, :], in_rows[:, None] & within[None, :], other=0.0)
+        b = tl.load(p + columns[:, None], present[None, :] & within[:, None], other=0.0)
         if RAW:
             a, b = a.to(OPERAND), b.to(OPERAND)
         else:
@@ -139,7 +148,7 @@ def distance_tile(
                 a *= of_queries[:, None]
                 b *= of_classes[None, :]
             else:
-                mean = tl.load(centre + features, within, other=0.0)
+                mean = tl.load(centre + columns, within, other=0.0)
                 a -= mean[None, :]
                 b -= mean[:, None]
         products = tl.dot(a, b, products, input_precision=PRECISION, out_dtype=ACCUMULATOR)
@@ -147,7 +156,7 @@ def distance_tile(
         if RAW:
             products = products * of_queries[:, None] * of_classes[None, :]
         distance = tl.maximum(1.0 - products, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        return tl.minimum(distance, 2.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(distance, 2.0, propagate_nan=tl.PropagateNan.ALL), there
     else:
         scale = of_queries[:, None] + of_classes[None, :]
         distance = scale - 2.0 * products
@@ -156,7 +165,7 @@ def distance_tile(
             distance = tl.where(distance < CLOSE * tl.abs(scale), 0.0, distance)
         elif CLOSE > 0.0:
             # The mark stays in place of the distance: masks that live through the loop take registers.
-            close = in_rows[:, None] & there[None, :] & (distance < CLOSE * scale)
+            close = in_rows[:, None] & present[None, :] & (distance < CLOSE * scale)
             distance = tl.where(close, -1.0, distance)
             if tl.min(distance) < 0.0:
                 exact = differences_squared(
@@ -166,7 +175,7 @@ def distance_tile(
                 distance = tl.where(distance < 0.0, exact, distance)
         if METRIC == "euclidean":
             distance = tl.sqrt(distance)
-        return distance
+        return distance, there
 
 
 @triton.jit
@@ -218,9 +227,10 @@ def sweep_kernel(
     batch = (program // blocks // splits).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < num_queries
-    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
-    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
-    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
+    points = points_of(
+        batch, queries, exact_queries, prototypes, centre, of_classes, queries_batch, queries_row, exact_batch,
+        exact_row, prototypes_batch, prototypes_row, num_queries, num_classes, num_features, ALIGN,
+    )  # fmt: skip
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     target = class_of(targets + place, in_rows, num_classes)
@@ -231,13 +241,9 @@ def sweep_kernel(
     begin = split * chunk
     for first in range(begin, tl.minimum(begin + chunk, num_classes), CLASSES):
         classes = first + tl.arange(0, CLASSES)
-        of_class = tl.load(of_classes + batch * num_classes + classes, classes < num_classes, other=-1.0)
-        there = (of_class < 0.0) == 0  # NaN is there
-        distance = distance_tile(
-            queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row,
-            exact_row, prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC,
-            RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
-        )  # fmt: skip
+        distance, there = distance_tile(
+            points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
+        )
         logits = distance * (-1.0 / t)
         if SMOOTHED:
             logits_sum += tl.sum(tl.where(there[None, :], logits, 0.0), 1)
@@ -304,140 +310,6 @@ def join_kernel(
 
 
 @kernel
-def weights_kernel(
-    grad,  # (batch,) or (batch, Q) of a "cross entropy"; (batch, Q, k) of "neighbours"; else (batch, Q, C)
-    queries,
-    exact_queries,
-    prototypes,
-    centre,
-    of_queries,
-    of_classes,
-    temperature,
-    targets,  # (batch, Q); (batch, Q, k), the classes, where MODE is "neighbours"
-    largest_logits,
-    log_sums,
-    present,
-    kept,
-    totals,  # (batch, Q), where MODE is a softmax: Σ of ∂L/∂log p, or of p ∂L/∂p
-    weights,  # (batch, Q, width), a multiple of CLASSES
-    row_sums,  # (batch, class blocks, Q)
-    class_sums,  # (batch, query blocks, width)
-    slopes,  # (batch, class blocks, Q): added to
-    grad_batch,
-    grad_row,
-    queries_batch,
-    queries_row,
-    exact_batch,
-    exact_row,
-    prototypes_batch,
-    prototypes_row,
-    num_queries,
-    num_classes,
-    num_features,
-    first_class,
-    width,
-    ignore_index,
-    num_neighbours,
-    MODE: tl.constexpr,
-    METRIC: tl.constexpr,
-    MEAN: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    SLOPES: tl.constexpr,
-    RAW: tl.constexpr,
-    CLOSE: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """What differences of queries and prototypes are multiplied by in the gradients, for the classes from `first_class`
-    on, and its sums over the classes and over the queries (cosine: weighed with the similarities)."""
-    program = tl.program_id(0)
-    blocks, class_blocks = (num_queries + BLOCK - 1) // BLOCK, width // CLASSES
-    block, class_block = program % blocks, program // blocks % class_blocks
-    batch = (program // blocks // class_blocks).to(tl.int64)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
-    in_rows = rows < num_queries
-    local = class_block * CLASSES + tl.arange(0, CLASSES)
-    classes = first_class + local
-    in_classes = classes < num_classes
-    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
-    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
-    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
-    place = batch * num_queries + rows
-    of_query = tl.load(of_queries + place, in_rows, other=0.0)
-    of_class = tl.load(of_classes + batch * num_classes + classes, in_classes, other=-1.0)
-    there = (of_class < 0.0) == 0
-    distance = distance_tile(
-        queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-        prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
-        ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    t = tl.load(temperature + batch)
-    counted = in_rows
-    number = tl.load(present + batch)
-    largest = tl.zeros((BLOCK,), ACCUMULATOR)
-    if MODE != "distance" and MODE != "neighbours":
-        largest = tl.load(largest_logits + place, in_rows, other=0.0)
-        log_sum = tl.load(log_sums + place, in_rows, other=0.0)
-        probability = tl.exp((distance * (-1.0 / t) - largest[:, None]) - log_sum[:, None])
-    if MODE == "cross entropy":
-        target = class_of(targets + place, in_rows, num_classes)
-        counted = (target >= 0) & (target != ignore_index)
-        g = tl.load(grad + batch * grad_batch + rows * grad_row, counted, other=0.0).to(ACCUMULATOR)
-        if MEAN:
-            g /= tl.load(kept + batch).to(ACCUMULATOR)
-        of_logit = probability
-        if SMOOTHING != 0.0:
-            of_logit -= SMOOTHING / number.to(ACCUMULATOR)
-        of_logit -= tl.where(classes[None, :] == target[:, None], 1.0 - SMOOTHING, 0.0)
-        of_logit *= g[:, None]
-    elif MODE == "neighbours":
-        of_logit = tl.zeros((BLOCK, CLASSES), ACCUMULATOR)
-        neighbour = place * num_neighbours
-        for _ in range(0, num_neighbours):
-            incoming = tl.load(grad + neighbour, in_rows, other=0.0).to(ACCUMULATOR)
-            class_ = tl.load(targets + neighbour, in_rows, other=-1)
-            of_logit -= tl.where(classes[None, :] == class_[:, None], incoming[:, None], 0.0)
-            neighbour += 1
-        t = tl.full((), 1.0, ACCUMULATOR)
-    else:
-        offsets = place[:, None] * num_classes + classes[None, :]
-        incoming = tl.load(grad + offsets, in_rows[:, None] & there[None, :], other=0.0).to(ACCUMULATOR)
-        if MODE == "distance":
-            of_logit = -incoming
-            t = tl.full((), 1.0, ACCUMULATOR)
-        else:
-            total = tl.load(totals + place, in_rows, other=0.0)
-            if MODE == "log softmax":
-                of_logit = incoming - probability * total[:, None]
-            else:
-                of_logit = probability * (incoming - total[:, None])
-    used = counted[:, None] & there[None, :]
-    of_logit, distance = tl.where(used, of_logit, 0.0), tl.where(used, distance, 0.0)
-    if SLOPES:
-        nearest = tl.where(counted & (number == num_classes), -largest * t, 0.0)
-        slope = tl.sum(of_logit * (distance - nearest[:, None]), 1) / (t * t)
-        out = slopes + (batch * class_blocks + class_block) * num_queries + rows
-        if first_class > 0:
-            slope += tl.load(out, in_rows, other=0.0)
-        tl.store(out, slope, in_rows)
-    weight = weights_of(of_logit, distance, t, METRIC).to(weights.dtype.element_ty)
-    out = weights + place[:, None] * width + local[None, :]
-    tl.store(out, weight, in_rows[:, None])
-    weight = weight.to(ACCUMULATOR)
-    if METRIC == "cosine":
-        weight *= 1.0 - distance
-    out = row_sums + (batch * class_blocks + class_block) * num_queries + rows
-    tl.store(out, tl.sum(weight, 1), in_rows)
-    out = class_sums + (batch * blocks + block) * width + local
-    tl.store(out, tl.sum(weight, 0))
-
-
-@kernel
 def distances_kernel(
     queries,
     exact_queries,
@@ -479,18 +351,15 @@ def distances_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     classes = class_block * CLASSES + tl.arange(0, CLASSES)
     in_rows, in_classes = rows < num_queries, classes < num_classes
-    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
-    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
-    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
+    points = points_of(
+        batch, queries, exact_queries, prototypes, centre, of_classes, queries_batch, queries_row, exact_batch,
+        exact_row, prototypes_batch, prototypes_row, num_queries, num_classes, num_features, ALIGN,
+    )  # fmt: skip
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
-    of_class = tl.load(of_classes + batch * num_classes + classes, in_classes, other=-1.0)
-    there = (of_class < 0.0) == 0
-    distance = distance_tile(
-        queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row, exact_row,
-        prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC, RAW, CLOSE,
-        ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
-    )  # fmt: skip
+    distance, there = distance_tile(
+        points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
+    )
     offsets = place[:, None] * num_classes + classes[None, :]
     mask = in_rows[:, None] & in_classes[None, :]
     if MODE == "distance":
@@ -543,188 +412,3 @@ def softmax_kernel(
         values = tl.load(logits + classes[None, :], mask, other=0.0)
         result = (values - largest[:, None]) - log_sum[:, None]
         tl.store(logits + classes[None, :], result if LOG else tl.exp(result), mask)
-
-
-@triton.jit
-def sum_of_parts(parts, stride, count, columns, mask, ACCUMULATOR: tl.constexpr):
-    """Σ over `count` rows of a matrix, in their order."""
-    total = tl.zeros((columns.shape[0],), ACCUMULATOR)
-    for i in range(0, count):
-        total += tl.load(parts + i * stride.to(tl.int64) + columns, mask, other=0.0)
-    return total
-
-
-@triton.jit
-def weighed_sum(
-    weights,
-    row_stride,
-    step,
-    rows,
-    in_rows,
-    y,
-    y_row,
-    scales,
-    centre,
-    count,
-    present,
-    columns,
-    in_columns,
-    CLEAN: tl.constexpr,
-    METRIC: tl.constexpr,
-    RAW: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Σ_k w_rk y_k for some rows and columns, y less the centre (cosine: times its scale; where RAW neither centred).
-
-    Of the `count` weights those from `present` on are 0 and have no y. CLEAN: a y whose scale is negative is an empty
-    class, and is left out."""
-    result = tl.zeros((rows.shape[0], columns.shape[0]), ACCUMULATOR)
-    w = weights + rows[:, None].to(tl.int64) * row_stride
-    if METRIC != "cosine" and not RAW:
-        mean = tl.load(centre + columns, in_columns, other=0.0)
-    for k in range(0, count, BLOCK_K):
-        index = k + tl.arange(0, BLOCK_K)
-        within = index < count
-        a = tl.load(w + index[None, :].to(tl.int64) * step, in_rows[:, None] & within[None, :], other=0.0)
-        within = index < present
-        if CLEAN or METRIC == "cosine":
-            scale = tl.load(scales + index, within, other=-1.0)
-            if CLEAN:
-                within = within & ((scale < 0.0) == 0)
-        offsets = index[:, None].to(tl.int64) * y_row + columns[None, :]
-        b = tl.load(y + offsets, within[:, None] & in_columns[None, :], other=0.0)
-        if METRIC == "cosine":
-            a = a.to(ACCUMULATOR) * scale[None, :]  # where there is no y, a is 0
-        if RAW:
-            a, b = a.to(OPERAND), b.to(OPERAND)
-        else:
-            a, b = a.to(ACCUMULATOR), b.to(ACCUMULATOR)
-            if METRIC != "cosine":
-                b = tl.where(within[:, None], b - mean[None, :], 0.0)
-        result = tl.dot(a, b, result, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-    return result
-
-
-@triton.jit
-def finished(
-    result, x, x_row, rows, in_rows, columns, in_columns, total, scale, centre,
-    METRIC: tl.constexpr, RAW: tl.constexpr, ACCUMULATOR: tl.constexpr,
-):  # fmt: skip
-    """The gradient of rows x from Σ w y and Σ w."""
-    own = load_rows(x, x_row, rows, in_rows, columns, in_columns, ACCUMULATOR)
-    if METRIC == "cosine":
-        return (result - total[:, None] * (own * scale[:, None])) * scale[:, None]
-    else:
-        if not RAW:
-            own -= tl.load(centre + columns, in_columns, other=0.0)[None, :]
-        return own * total[:, None] - result + (own - own)  # NaN where x is infinite: so is Σ w (x − y)
-
-
-@kernel
-def pull_kernel(
-    queries,
-    prototypes,
-    centre,
-    of_queries,
-    of_classes,
-    weights,  # (batch, Q, width)
-    row_sums,
-    class_sums,
-    partial,  # (batch, Q, D): the queries' gradient over the chunks of classes so far
-    grad_queries,  # (batch, Q, D): written with the last chunk
-    grad_prototypes,  # (batch, C, D)
-    queries_batch,
-    queries_row,
-    prototypes_batch,
-    prototypes_row,
-    num_queries,
-    num_classes,
-    num_features,
-    first_class,
-    width,
-    parts_of_queries,
-    parts_of_classes,
-    METRIC: tl.constexpr,
-    NEED_QUERIES: tl.constexpr,
-    NEED_PROTOTYPES: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    RAW: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CLASS_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """A tile of the gradient of the prototypes (these programs come first: they run longest) or of the queries."""
-    program = tl.program_id(0)
-    of_class, of_query = 0, 0
-    if NEED_PROTOTYPES:
-        of_class = (width + BLOCK - 1) // BLOCK * ((num_features + CLASS_WIDTH - 1) // CLASS_WIDTH)
-    if NEED_QUERIES:
-        of_query = (num_queries + BLOCK - 1) // BLOCK * ((num_features + WIDTH - 1) // WIDTH)
-    each = of_class + of_query
-    local = program % each
-    batch = (program // each).to(tl.int64)
-    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
-    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
-    weights += batch * num_queries * width
-    centre += batch * num_features
-    of_queries += batch * num_queries
-    of_classes += batch * num_classes + first_class
-    prototypes += first_class.to(tl.int64) * prototypes_row
-    if NEED_PROTOTYPES:
-        if local < of_class:
-            column_blocks = (num_features + CLASS_WIDTH - 1) // CLASS_WIDTH
-            rows = local // column_blocks * BLOCK + tl.arange(0, BLOCK)
-            in_rows = rows < num_classes - first_class  # the weights of others are 0
-            columns = local % column_blocks * CLASS_WIDTH + tl.arange(0, CLASS_WIDTH)
-            in_columns = columns < num_features
-            result = weighed_sum(
-                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries,
-                num_queries, columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
-            )  # fmt: skip
-            parts = class_sums + batch * parts_of_classes * width
-            total = sum_of_parts(parts, width, parts_of_classes, rows, in_rows, ACCUMULATOR)
-            scale = tl.load(of_classes + rows, in_rows, other=-1.0)
-            result = finished(
-                result, prototypes, prototypes_row, rows, in_rows, columns, in_columns, total, scale, centre, METRIC,
-                RAW, ACCUMULATOR,
-            )  # fmt: skip
-            result = tl.where((scale < 0.0)[:, None], 0.0, result)
-            out = (batch * num_classes + first_class + rows[:, None]) * num_features + columns[None, :]
-            mask = in_rows[:, None] & in_columns[None, :]
-            tl.store(grad_prototypes + out, result.to(grad_prototypes.dtype.element_ty), mask)
-    if NEED_QUERIES:
-        if local >= of_class:
-            column_blocks = (num_features + WIDTH - 1) // WIDTH
-            rows = (local - of_class) // column_blocks * BLOCK + tl.arange(0, BLOCK)
-            in_rows = rows < num_queries
-            columns = (local - of_class) % column_blocks * WIDTH + tl.arange(0, WIDTH)
-            in_columns = columns < num_features
-            result = weighed_sum(
-                weights, width, 1, rows, in_rows, prototypes, prototypes_row, of_classes, centre, width,
-                tl.minimum(width, num_classes - first_class), columns, in_columns, True, METRIC, RAW, ACCUMULATOR,
-                OPERAND, PRECISION, BLOCK_K,
-            )  # fmt: skip
-            parts = row_sums + batch * parts_of_queries * num_queries
-            total = sum_of_parts(parts, num_queries, parts_of_queries, rows, in_rows, ACCUMULATOR)
-            scale = tl.load(of_queries + rows, in_rows, other=0.0)
-            result = finished(
-                result, queries, queries_row, rows, in_rows, columns, in_columns, total, scale, centre, METRIC, RAW,
-                ACCUMULATOR,
-            )  # fmt: skip
-            out = (batch * num_queries + rows[:, None]) * num_features + columns[None, :]
-            mask = in_rows[:, None] & in_columns[None, :]
-            if not FIRST:
-                result += tl.load(partial + out, mask, other=0.0)
-            if LAST:
-                tl.store(grad_queries + out, result.to(grad_queries.dtype.element_ty), mask)
-            else:
-                tl.store(partial + out, result, mask)

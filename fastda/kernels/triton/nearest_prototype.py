@@ -1,4 +1,4 @@
-"""The nearest prototypes of each query on Triton: kernels, and functions that take and give what the ops in torch.ops do.
+"""The nearest prototypes of each query on Triton: kernels, and functions that take and give what the ops do.
 
 Distances are compared by their bits as integers, which order them as they are not negative: those of NaN come after
 infinity, then those of an empty class, then nothing at all.
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from .many_classes import distance_tile
-from .points import kernel, located
+from .many_classes import distance_tile, points_of
+from .points import kernel
 from .problem import TRITON_DTYPES, ceil_div, launch
 from .prototype_classes import check_labels
 from .prototypes import Points, Softmax, distances, gradients, prepare
@@ -72,9 +72,10 @@ def nearest_kernel(
     batch = (program // blocks // splits).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < num_queries
-    queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
-    exact_queries, exact_row = located(exact_queries, batch, exact_batch, exact_row, ALIGN)
-    prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
+    points = points_of(
+        batch, queries, exact_queries, prototypes, centre, of_classes, queries_batch, queries_row, exact_batch,
+        exact_row, prototypes_batch, prototypes_row, num_queries, num_classes, num_features, ALIGN,
+    )  # fmt: skip
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     slots = tl.arange(0, SLOTS)
@@ -84,15 +85,11 @@ def nearest_kernel(
     begin = split * chunk
     for first in range(begin, tl.minimum(begin + chunk, num_classes), CLASSES):
         classes = first + tl.arange(0, CLASSES)
-        in_classes = classes < num_classes
-        of_class = tl.load(of_classes + batch * num_classes + classes, in_classes, other=-1.0)
-        there = (of_class < 0.0) == 0  # NaN is there
-        distance = distance_tile(
-            queries, exact_queries, prototypes, centre + batch * num_features, of_query, of_class, queries_row,
-            exact_row, prototypes_row, rows, in_rows, classes, there, num_queries, num_classes, num_features, METRIC,
-            RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
-        )  # fmt: skip
-        key = keys_of(distance, in_rows[:, None] & in_classes[None, :], there[None, :], LAST, keys.dtype.element_ty)
+        distance, there = distance_tile(
+            points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
+        )
+        exists = in_rows[:, None] & (classes < num_classes)[None, :]
+        key = keys_of(distance, exists, there[None, :], LAST, keys.dtype.element_ty)
         least = tl.min(key, 1)
         while tl.max((least < worst).to(tl.int32), 0) > 0:  # among equals those seen before are lower classes
             nearest = tl.min(tl.where(key == least[:, None], classes[None, :], 0x7FFFFFFF), 1)

@@ -13,7 +13,8 @@ kernel = functools.partial(
         "num_samples", "num_queries", "num_classes", "num_rows",
         "support_batch", "support_row", "queries_batch", "queries_row", "exact_batch", "exact_row", "prototypes_batch",
         "prototypes_row", "grad_batch", "grad_row", "x_batch", "x_row", "chunk", "splits", "partials_size",
-        "first_class", "ignore_index", "parts_of_queries", "parts_of_classes", "k", "num_candidates", "num_neighbours",
+        "first_class", "ignore_index", "parts_of_queries", "parts_of_classes", "k",
+        "num_candidates", "num_neighbours",
     ),
 )  # fmt: skip
 """A kernel that is compiled anew for no size and no stride, but for numbers of features that are multiples of 16 or

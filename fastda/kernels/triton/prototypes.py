@@ -10,16 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
+from .class_gradients import pull_kernel, weights_kernel
 from .coral import flatten
-from .many_classes import (
-    distances_kernel,
-    join_kernel,
-    pull_kernel,
-    softmax_kernel,
-    statistics_kernel,
-    sweep_kernel,
-    weights_kernel,
-)
+from .many_classes import distances_kernel, join_kernel, softmax_kernel, statistics_kernel, sweep_kernel
 from .problem import TRITON_DTYPES, accumulator, ceil_div, launch, operand, precision
 from .prototype_classes import alignment, check_labels, rows_of
 
