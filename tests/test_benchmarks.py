@@ -555,3 +555,21 @@ def test_gpu_script_is_valid_and_asks_for_a_folder():
     subprocess.run(["bash", "-n", script], check=True)
     done = subprocess.run(["bash", script], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: bench/gpu.sh OUTDIR" in done.stderr
+
+
+def test_gpu_script_runs_every_step_in_eight_minutes(tmp_path):
+    """With stand-ins for what takes long: a failing step stops none that follows, and the record has time left."""
+    for name, body in (
+        ("python", 'echo "$*"; case "$*" in *pytest*) exit 3;; esac'),
+        ("nvidia-smi", "true"),
+        ("timeout", f'echo "$1" >> "{tmp_path}/limits"; shift; "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    done = subprocess.run(["bash", BENCH / "gpu.sh", tmp_path / "out"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 3, done.stdout
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"machine", "build", "doctor", "tests", "benchmarks"}
+    assert "fastda.benchmarks --device cuda" in (tmp_path / "out" / "benchmarks.log").read_text()
+    *others, benchmarks = map(int, (tmp_path / "limits").read_text().split())
+    assert sum(others) < 280 and 440 < benchmarks < 480  # less what the others took
