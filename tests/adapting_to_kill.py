@@ -23,7 +23,7 @@ from fastda.adapting.folder import RESULTS
 def run(out: Path) -> None:
     torch.set_num_threads(1)
     source, labels, target, target_labels = map(torch.from_numpy, clouds(90))
-    adapt(source, labels, target, measured_labels=target_labels, epochs=20, batch_size=15, out=out)
+    adapt(source, labels, target, measured_labels=target_labels, epochs=15, batch_size=15, out=out)
 
 
 def start(out: Path) -> int:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..data_files import Samples, open_labels, open_pair
+from ..threads import one_thread
 from .folder import MARKDOWN, MODEL, PREDICTIONS
 from .run import run as adapt
 from .settings import BATCH_SIZE, LEARNING_RATE, METHODS, Settings
 from .task import Task, make_task
+
+SMALL = 4096  # numbers of a sample: below, threads cost more than they save
+COPIES = 3  # as read, scaled, and scaled for adaptation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
     source, target = open_pair(args.source, args.target, label=args.label, image_size=args.image_size)
     task = read(args, source, target)
     names = (str(args.source), str(args.target))
+    small = settings.network is None and math.prod(task.shape) <= SMALL
     try:
-        adaptation = adapt(task, settings, args.out, names=names, say=lambda line: print(line, file=sys.stderr))
+        with one_thread() if small else nullcontext():
+            adaptation = adapt(task, settings, args.out, names=names, say=lambda line: print(line, file=sys.stderr))
     except FloatingPointError as error:
         raise ValueError(f"{error}; --learning-rate {settings.learning_rate / 10:g}, for example") from error
     print(f"\n{adaptation.report.summary()}\n")
@@ -91,6 +99,8 @@ def read(args: argparse.Namespace, source: Samples, target: Samples) -> Task:
     if args.target_labels is not None:
         options = {"count": len(target), "class_names": source.class_names, "label": args.label}
         measured = open_labels(args.target_labels, **options)
+    for samples in (source, target):
+        samples.check_memory(copies=COPIES)
     (x, y), (target_x, target_y) = source.read(), target.read()
     return make_task(
         x,

@@ -80,8 +80,8 @@ def adapt(
     (none of fewer than five), which accuracy is measured on.
 
     Args:
-        source, target: (N, D) features or (N, C, H, W) images, floating. They are standardised by the source's mean and
-            deviation, of each feature or channel.
+        source, target: (N, D) features or (N, C, H, W) images, floating. They are standardised, by mean and deviation
+            of each feature or channel over both domains; features, where a method adapts, each domain by its own.
         source_labels: (Ns,), integers or strings; unknown ones are left out.
         target_labels: (Nt,); unknown ones are negative, empty or None. All of them may be.
         method: see above.
@@ -174,7 +174,7 @@ def _adapt(task: Task, settings: Settings, folder: RunFolder | None, names, prog
     say(f"{choice.found or choice.reason}: {choice.title}")
     model, after = pretrained, before
     if choice.method != "source-only":
-        model = trainer.adapted(pretrained, choice)
+        model, data = trainer.adapted(pretrained, choice)
         after, logits = measure(model, data, settings.seed)
     return Adaptation(model, Report.of(task, settings, choice, before, after, names), logits)
 

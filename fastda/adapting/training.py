@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,13 @@ CHECKPOINT_EVERY = 200  # steps
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What trainings and measurements work on: a task whose inputs are scaled already."""
+    """What trainings and measurements work on: a task whose inputs are scaled already.
+
+    Attributes:
+        task: the data as they are.
+        scale: the target's, which a model trained on this has.
+        source, target: (Ns, *shape), (Nt, *shape), float32, scaled.
+    """
 
     task: Task
     scale: Scale
@@ -46,6 +52,19 @@ class Data:
     def of(cls, task: Task) -> Data:
         scale = Scale.of(task.source[~task.held_out], task.target)
         return cls(task, scale, scale(task.source), scale(task.target))
+
+    def for_adaptation(self) -> Data:
+        """Features: each domain scaled by itself, which undoes what has been moved or stretched one by one, and leaves
+        the rest to the method. Images: as before, since their brightness differs from one to the next.
+
+        Source: Li et al., Revisiting batch normalization for practical domain adaptation, ICLR workshops 2017, who do
+        so with the features of each layer.
+        """
+        if self.task.is_images:
+            return self
+        task = self.task
+        scales = Scale.of(task.source[~task.held_out]), Scale.of(task.target)
+        return replace(self, scale=scales[1], source=scales[0](task.source), target=scales[1](task.target))
 
     def source_batches(self, batch_size: int, class_weights: Tensor | None = None) -> Batches:
         """Of the source but for what is held out; `class_weights`: how much more often each class is drawn."""
@@ -98,37 +117,36 @@ class Trainer:
             self._fit("pretraining", "training on the source", SourceOnly(*parts), batches, self.settings.learning_rate)
         return self._model(*parts, method="source-only")
 
-    def adapted(self, model: AdaptedModel, choice: Choice) -> AdaptedModel:
-        """The pretrained model, adapted; it is left as it was."""
-        model = copy.deepcopy(model)
-        method = choice.method
-        if method == "source-only":
-            return model
+    def adapted(self, model: AdaptedModel, choice: Choice) -> tuple[AdaptedModel, Data]:
+        """The pretrained model, adapted, and the data as it sees them; the model given is left as it was."""
+        model, method, data = copy.deepcopy(model), choice.method, self.data
+        if method not in ("source-only", "reweight"):
+            data = self.data.for_adaptation()
+        model.scale, model.method = data.scale, method
         with random_states.seeded(self.settings.seed + 1):
             if method == "reweight":
-                model.log_weights = self._class_weights(model).log().float().to(model.log_weights.device)
+                model.log_weights = _class_weights(model, data).log().float().to(model.log_weights.device)
             elif method == "prototypes":
-                model.label_predictor = self._prototypes(model)
-            else:
-                self._train(model, choice)
-        model.method = method
-        return model
+                model.label_predictor = _prototypes(model, data)
+            elif method != "source-only":
+                self._train(model, choice, data)
+        return model, data
 
     # The methods
 
-    def _train(self, model: AdaptedModel, choice: Choice) -> None:
+    def _train(self, model: AdaptedModel, choice: Choice, data: Data) -> None:
         parts, size = (model.feature_extractor, model.label_predictor), self.settings.batch_size
         lr, doing = self.settings.learning_rate / SLOWER, f"adapting: {choice.title}"
-        task, method = self.data.task, choice.method
+        method = choice.method
         if method in ("coral", "dann"):
-            options = {"target_label_weight": 1.0} if task.num_known else {}
+            options = {"target_label_weight": 1.0} if data.task.num_known else {}
             if method == "coral":
                 objective = DeepCORAL(*parts, weight=CORAL_WEIGHT, **options)
             else:
                 objective = DANN(*parts, _discriminator(model), lambd=_lambda, **options)
             weights = None if choice.class_weights is None else torch.tensor(choice.class_weights)
-            source = self.data.source_batches(size, weights)
-            self._fit("adaptation", doing, objective, source, lr, self.data.target_batches(size))
+            source = data.source_batches(size, weights)
+            self._fit("adaptation", doing, objective, source, lr, data.target_batches(size))
             return
         objective = SourceOnly(*parts)
         optimizer = None
@@ -138,34 +156,7 @@ class Trainer:
             unfreeze_top(objective, 2)
             groups = layerwise_lr_decay(objective, lr=lr, decay=DECAY)
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-3)
-        self._fit("adaptation", doing, objective, self.data.labelled_batches(size), lr, optimizer=optimizer)
-
-    def _class_weights(self, model: AdaptedModel) -> Tensor:
-        """Target over source frequency of each class, by its predictions; 1 where too few samples are held out."""
-        task = self.data.task
-        held_out, labels = task.held_out, task.source_labels[task.held_out]
-        seen = (torch.bincount(labels, minlength=len(task.classes)) >= 2).nonzero()[:, 0]
-        weights = torch.ones(len(task.classes), dtype=torch.float64)
-        if len(seen) < 2:
-            return weights
-        kept = torch.isin(labels, seen)
-        position = torch.full((len(task.classes),), -1)
-        position[seen] = torch.arange(len(seen))
-        source, target = (
-            model.logits(x, scaled=True)[:, seen].double().softmax(1)
-            for x in (self.data.source[held_out][kept], self.data.target)
-        )
-        shift = estimate_label_shift(position[labels[kept]], source, target, classes=range(len(seen)))
-        weights[seen] = torch.from_numpy(np.maximum(shift.weights, LEAST_WEIGHT))
-        return weights
-
-    def _prototypes(self, model: AdaptedModel) -> Prototypes:
-        task = self.data.task
-        source, target = (model.features(x, scaled=True) for x in (self.data.source, self.data.target))
-        found = target_prototypes(
-            source, task.source_labels, task.held_out, target, task.target_labels, len(task.classes)
-        )
-        return found.to(model.log_weights.device)
+        self._fit("adaptation", doing, objective, data.labelled_batches(size), lr, optimizer=optimizer)
 
     # How
 
@@ -196,6 +187,35 @@ class Trainer:
 
 
 LEAST_WEIGHT = 1e-6  # of a class: its logit stays finite
+
+
+def _class_weights(model: AdaptedModel, data: Data) -> Tensor:
+    """Target over source frequency of each class, by its predictions; 1 where too few samples are held out."""
+    task = data.task
+    held_out, labels = task.held_out, task.source_labels[task.held_out]
+    seen = (torch.bincount(labels, minlength=len(task.classes)) >= 2).nonzero()[:, 0]
+    weights = torch.ones(len(task.classes), dtype=torch.float64)
+    if len(seen) < 2:
+        return weights
+    kept = torch.isin(labels, seen)
+    position = torch.full((len(task.classes),), -1)
+    position[seen] = torch.arange(len(seen))
+    source, target = (
+        model.logits(x, scaled=True)[:, seen].double().softmax(1)
+        for x in (data.source[held_out][kept], data.target)
+    )
+    shift = estimate_label_shift(position[labels[kept]], source, target, classes=range(len(seen)))
+    weights[seen] = torch.from_numpy(np.maximum(shift.weights, LEAST_WEIGHT))
+    return weights
+
+
+def _prototypes(model: AdaptedModel, data: Data) -> Prototypes:
+    task = data.task
+    source, target = (model.features(x, scaled=True) for x in (data.source, data.target))
+    found = target_prototypes(
+        source, task.source_labels, task.held_out, target, task.target_labels, len(task.classes)
+    )
+    return found.to(model.log_weights.device)
 
 
 def _lambda(progress: float) -> float:
