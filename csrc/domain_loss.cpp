@@ -8,13 +8,19 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
+#include <mutex>
 
 namespace fastda {
 namespace {
 
 using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
 
 // Weights for their logits, or a tensor that stands for none, whose shape is another; nothing where Python has to raise.
 std::optional<Tensor> plain_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
@@ -27,6 +33,86 @@ std::optional<Tensor> plain_weight(const std::optional<Tensor>& weight, const Te
 void check_weight(const char* name, const Tensor& weight, const char* logits_name, const Tensor& logits) {
   TORCH_CHECK_VALUE(weight.numel() == 0 || weight.sizes() == logits.sizes(), name, ": expected the shape of ",
                     logits_name, ", ", logits.sizes(), ", or no element, got ", weight.sizes());
+}
+
+// Without weights on the CPU a call is mostly overhead: there a node of its own takes the place of the dispatcher's passes
+// and keeps what it needs in one buffer. Where its gradient is to be recorded or transformed, the ops take over.
+struct DomainLoss : torch::autograd::Node {
+  DomainLoss(const Tensor& source_logits, const Tensor& target_logits, const UnweightedDomainLoss& found, bool mean)
+      : source_logits(source_logits, /*is_output=*/false),
+        target_logits(target_logits, /*is_output=*/false),
+        slopes(found.slopes, /*is_output=*/false),
+        scale(found.scale),
+        mean(mean) {}
+
+  variable_list apply(variable_list&& incoming) override {
+    const Tensor& grad = incoming[0];
+    if (!grad.defined()) return variable_list(2);
+    Tensor source, target, slope;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      source = source_logits.unpack(), target = target_logits.unpack(), slope = slopes.unpack();
+    }
+    const bool need_source = task_should_compute_output(0), need_target = task_should_compute_output(1);
+    if (at::GradMode::is_enabled() || !is_plain_eager() || !is_plain(grad)) {
+      return by_op(grad, source, target, slope, need_source, need_target);
+    }
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const double value = grad.scalar_type() == at::kDouble ? *grad.const_data_ptr<double>()
+                                                           : *grad.const_data_ptr<float>();
+    variable_list results(2);
+    if (need_source) results[0] = scaled_slopes(slope, 0, value * scale[0], source.sizes());
+    if (need_target) results[1] = scaled_slopes(slope, source.numel(), value * scale[1], target.sizes());
+    return results;
+  }
+
+  variable_list by_op(const Tensor& grad, const Tensor& source, const Tensor& target, const Tensor& slope,
+                      bool need_source, bool need_target) const {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fastda::domain_adversarial_loss_backward", "")
+            .typed<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+                const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const Tensor&, int64_t, c10::string_view, bool, bool, bool, bool)>();
+    const Tensor factors = at::tensor(at::ArrayRef<double>(scale), slope.options());
+    auto [of_source, of_target, of_source_weight, of_target_weight] = op.call(
+        grad, source, target, *plain_weight(std::nullopt, source), *plain_weight(std::nullopt, target),
+        slope.narrow(0, 0, source.numel()).view(source.sizes()),
+        slope.narrow(0, source.numel(), target.numel()).view(target.sizes()), factors, /*batch_dims=*/0,
+        mean ? "mean" : "sum", need_source, need_target, /*need_source_weight=*/false, /*need_target_weight=*/false);
+    return {need_source ? of_source : Tensor(), need_target ? of_target : Tensor()};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    source_logits.reset_data(), target_logits.reset_data(), slopes.reset_data();
+  }
+  std::string name() const override { return "fastda::domain_adversarial_lossBackward"; }
+
+  SavedVariable source_logits, target_logits, slopes;
+  const std::array<double, 2> scale;
+  const bool mean;
+};
+
+bool is_lean(const Tensor& logits) {
+  const auto dtype = logits.scalar_type();
+  return logits.is_cpu() && logits.is_contiguous() && (dtype == at::kFloat || dtype == at::kDouble) &&
+         !logits.is_inference();
+}
+
+Tensor lean_domain_loss(const Tensor& source_logits, const Tensor& target_logits, bool mean) {
+  RECORD_FUNCTION("fastda::domain_adversarial_loss", std::vector<c10::IValue>());
+  UnweightedDomainLoss found;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    found = unweighted_domain_loss(source_logits, target_logits, mean);
+  }
+  if (at::GradMode::is_enabled() && (source_logits.requires_grad() || target_logits.requires_grad())) {
+    auto node = make_node<DomainLoss>(source_logits, target_logits, found, mean);
+    node->set_next_edges(torch::autograd::collect_next_edges(source_logits, target_logits));
+    torch::autograd::set_history(found.loss, node);
+  }
+  return std::move(found.loss);
 }
 
 }  // namespace
@@ -42,6 +128,9 @@ std::optional<Tensor> domain_adversarial_loss(const Tensor& source_logits, const
   }
   const auto source = plain_weight(source_weight, source_logits), target = plain_weight(target_weight, target_logits);
   if (!source || !target) return std::nullopt;
+  if (!source_weight && !target_weight && is_lean(source_logits) && is_lean(target_logits)) {
+    return lean_domain_loss(source_logits, target_logits, reduction == "mean");
+  }
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastda::domain_adversarial_loss", "")

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -24,6 +25,17 @@ struct DomainLossSizes {
   int64_t episodes, sources, targets;  // their product, and samples in each
   bool mean;
 };
+
+// Logits without weights, float32 or float64 and dense, on the CPU: the loss, the slopes of all samples, source first,
+// and what those of each domain are multiplied with.
+struct UnweightedDomainLoss {
+  at::Tensor loss, slopes;
+  std::array<double, 2> scale;
+};
+UnweightedDomainLoss unweighted_domain_loss(const at::Tensor& source_logits, const at::Tensor& target_logits, bool mean);
+
+// factor · slopes from the one at `first` on, in the shape of the logits they belong to.
+at::Tensor scaled_slopes(const at::Tensor& slopes, int64_t first, double factor, at::IntArrayRef shape);
 
 // (w·l − …)·grad·scale: the gradient of a weight, in plain ATen, since it is seldom asked for.
 at::Tensor domain_weight_gradient(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& weight,

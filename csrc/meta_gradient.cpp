@@ -1,9 +1,14 @@
 #include "meta_gradient.h"
 
 #include "autograd.h"
+#include "eager.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/alias.h>
 #include <ATen/ops/div.h>
+
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <mutex>
 
@@ -13,9 +18,21 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
+bool is_one(const Divisor& divisor) {
+  const int64_t* number = std::get_if<int64_t>(&divisor);
+  return number && *number == 1;
+}
+
 Tensor divided(const Tensor& x, const Divisor& divisor) {
   const int64_t* number = std::get_if<int64_t>(&divisor);
   return number ? at::div(x, *number) : at::div(x, std::get<Tensor>(divisor));
+}
+
+// Is it the number 1, as from `loss.backward()`? Not looked at where it lies on a GPU.
+bool is_one(const Tensor& grad) {
+  if (!is_plain_eager() || !is_plain(grad) || !grad.is_cpu()) return false;
+  if (grad.scalar_type() == at::kFloat) return *grad.const_data_ptr<float>() == 1;
+  return grad.scalar_type() == at::kDouble && *grad.const_data_ptr<double>() == 1;
 }
 
 struct KnownGradient : torch::autograd::Node {
@@ -28,8 +45,13 @@ struct KnownGradient : torch::autograd::Node {
                 "differentiate MAML.query_losses");
     const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!gradients.empty(), "retain_graph: expected True for a second backward pass, got False in the first");
-    if (!incoming[0].defined()) return variable_list(gradients.size());
-    return at::_foreach_mul(gradients, divided(incoming[0], divisor));
+    const Tensor& grad = incoming[0];
+    if (!grad.defined()) return variable_list(gradients.size());
+    // Without retain_graph nobody asks again: what is to be multiplied by 1 need not be copied.
+    if (is_one(divisor) && is_one(grad) && !torch::autograd::get_current_graph_task_keep_graph()) {
+      return std::move(gradients);
+    }
+    return at::_foreach_mul(gradients, is_one(divisor) ? grad : divided(grad, divisor));
   }
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -39,6 +61,7 @@ struct KnownGradient : torch::autograd::Node {
 
   std::vector<Tensor> gradients;
   const Divisor divisor;
+  bool given_out = false;
 };
 
 }  // namespace
@@ -46,7 +69,10 @@ struct KnownGradient : torch::autograd::Node {
 Tensor with_gradient(const Tensor& total, std::vector<Tensor> gradients, Divisor divisor,
                      const std::vector<Tensor>& leaves) {
   Tensor result;
-  {
+  if (is_one(divisor)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    result = at::alias(total);
+  } else {
     const at::NoGradGuard no_grad;
     result = divided(total, divisor);
   }

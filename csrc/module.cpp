@@ -129,7 +129,9 @@ static py::object domain_adversarial_loss(py::handle source_logits, py::handle t
   const auto kind = py::cast<std::string>(reduction);
   std::optional<at::Tensor> loss;
   {
-    const py::gil_scoped_release without_gil;
+    // To let other threads run takes as long as some hundred samples.
+    std::optional<py::gil_scoped_release> without_gil;
+    if (source.numel() + target.numel() > 1024) without_gil.emplace();
     loss = fastda::domain_adversarial_loss(source, target, weights.first, weights.second, kind);
   }
   return loss ? py::cast(*loss) : py::none();

@@ -90,3 +90,52 @@ def test_second_derivatives_without_samples(shapes, weighted, reduction):
         second = torch.autograd.grad(sum(g.sin().sum() for g in first), [*inputs, incoming], materialize_grads=True)
         found.append([*first, *second])
     assert_close(found[1], found[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_lane_without_the_dispatcher_gives_what_the_op_gives(dtype, reduction):
+    """Weights of one take the op."""
+    inputs = [Draw(dtype=dtype, seed=i).normal(*shape).requires_grad_() for i, shape in enumerate([(7, 1), (1300,)])]
+    incoming = torch.tensor(-0.7, dtype=dtype)
+    found = []
+    for weighted in (False, True):
+        weights = {f"{name}_weight": torch.ones_like(x) for name, x in zip(("source", "target"), inputs) if weighted}
+        loss = fastda.domain_adversarial_loss(*inputs, **weights, reduction=reduction)
+        found.append([loss, *torch.autograd.grad(loss, inputs, incoming)])
+    assert_close(*found)
+
+
+@each_module
+def test_gradients_of_a_graph_that_is_kept(module):
+    """They are the caller's to overwrite, and come as often as the graph is there."""
+    source, target = torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True)
+    loss = module.domain_adversarial_loss(source, target)
+    first = torch.autograd.grad(loss, (source, target), retain_graph=True)
+    expected = [x.clone() for x in first]
+    for x in first:
+        x.zero_()
+    assert_close(torch.autograd.grad(loss, source, retain_graph=True)[0], expected[0])
+    assert_close(torch.autograd.grad(loss, target)[0], expected[1])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, source)
+
+
+@each_module
+def test_only_the_logits_that_ask_get_a_gradient(module):
+    source, target = torch.randn(5, requires_grad=True), torch.randn(3)
+    loss = module.domain_adversarial_loss(source, target)
+    (expected,) = torch.autograd.grad(fastda.reference.domain_adversarial_loss(source, target), source)
+    loss.backward()
+    assert_close(source.grad, expected)
+    assert target.grad is None
+    assert not module.domain_adversarial_loss(source.detach(), target).requires_grad
+
+
+@each_module
+def test_gradients_for_many_incoming_ones_at_once(module):
+    source, target, incoming = torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True), torch.randn(4)
+    loss = module.domain_adversarial_loss(source, target)
+    (one,) = torch.autograd.grad(loss, source, retain_graph=True)
+    (batched,) = torch.autograd.grad(loss, source, incoming, is_grads_batched=True)
+    assert_close(batched, incoming.unsqueeze(1) * one)

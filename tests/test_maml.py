@@ -51,6 +51,7 @@ NETWORKS = {
     "InstanceNorm1d, tracking": lambda: convolutional(nn.InstanceNorm1d(8, affine=True, track_running_stats=True)),
     "GroupNorm": lambda: sequential(nn.GroupNorm(2, 8)),
     "RMSNorm": lambda: sequential(nn.RMSNorm(8)),
+    "LayerNorm of maps": lambda: sequential(nn.LayerNorm(8)),
     "attention": lambda: nn.Sequential(Attention(), nn.Tanh(), nn.Linear(8, 2)),
     "none": lambda: sequential(nn.Identity()),
 }
@@ -64,8 +65,9 @@ def make(name: str = "none", seed: int = 0) -> tuple[nn.Sequential, list[torch.T
         network = NETWORKS[name]().double()
         for parameter in network.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
-        inputs = (6, 3, 4) if isinstance(network[0], nn.Conv1d) else (6, 5, 3) if name == "attention" else (6, 3)
-        outputs = (6, 5, 2) if name == "attention" else (6, 2)
+        over_maps = name in ("attention", "LayerNorm of maps")
+        inputs = (6, 3, 4) if isinstance(network[0], nn.Conv1d) else (6, 5, 3) if over_maps else (6, 3)
+        outputs = (6, 5, 2) if over_maps else (6, 2)
         tasks = [torch.randn(TASKS, *shape, dtype=torch.float64) for shape in (inputs, outputs, inputs, outputs)]
     return network, tasks
 
@@ -125,11 +127,29 @@ def test_first_order_is_that_of_a_loop_and_another_than_second_order(name):
 @pytest.mark.slow
 @each_network
 def test_compiled_second_order_is_that_of_a_loop(name):
-    # A second set of shapes is compiled with symbols, which linear layers over maps refuse under vmap (torch 2.13).
     torch.compiler.reset()
     network, tasks = make(name)
     maml = MAML(network, mse_loss, inner_lr=RATE, inner_steps=2, compile=True)
     assert_same(maml, network, tasks, loop(network, tasks, steps=2)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "attention", "LayerNorm of maps"])
+def test_other_shapes_are_compiled_too(name):
+    """With symbols for the sizes, or, where linear layers over maps refuse those under vmap (torch 2.13), as they are."""
+    torch.compiler.reset()
+    network, tasks = make(name)
+    maml = MAML(network, mse_loss, inner_lr=RATE, compile=True)
+    for some in (tasks, [x[:3] for x in tasks], [x[:2, :4] for x in tasks]):
+        assert_same(maml, network, some, loop(network, some)[0])
+
+
+@pytest.mark.slow
+def test_what_does_not_compile_says_why():
+    network, tasks = make()
+    maml = MAML(network, lambda outputs, labels: mse_loss(outputs[:, :1] @ labels, labels), compile=True)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied|size mismatch"):
+        maml(*tasks)
 
 
 @pytest.mark.slow
@@ -322,12 +342,17 @@ def test_hooks_of_parameters_run_in_the_backward_pass_alone():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_gradient_is_handed_over_once(backend):
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"chunk_size": 3}], ids=str)
+def test_the_gradient_is_handed_over_once(backend, options):
+    """What the caller gets is the caller's to overwrite."""
     network, tasks = make()
     with fastda.use_backend(backend):
-        loss = MAML(network, mse_loss)(*tasks)
-    first = torch.autograd.grad(loss, network[0].weight, retain_graph=True)
-    assert_close(torch.autograd.grad(loss, network[0].weight), first)
+        loss = MAML(network, mse_loss, **options)(*tasks)
+    (first,) = torch.autograd.grad(loss, network[0].weight, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    assert_close(torch.autograd.grad(3 * loss, network[0].weight, retain_graph=True)[0], 3 * expected)
+    assert_close(torch.autograd.grad(loss, network[0].weight)[0], expected)
     with pytest.raises(RuntimeError, match="second"):
         torch.autograd.grad(loss, network[0].weight)
 

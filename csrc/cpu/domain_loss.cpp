@@ -6,6 +6,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstring>
 
@@ -20,20 +21,31 @@ using at::Tensor;
 // Samples whose losses are summed in their own precision; sums of blocks are added in double, in their order.
 constexpr int64_t block = 512;
 
+// Σ w·loss and Σ w of a domain.
+struct Sums {
+  double loss = 0, weight = 0;
+
+  double scale(bool mean) const { return mean ? 0.5 / weight : 1.0; }  // what its slopes are multiplied with
+};
+
+double loss_of(const Sums& source, const Sums& target, bool mean) {
+  return mean ? (source.loss / source.weight + target.loss / target.weight) / 2 : source.loss + target.loss;
+}
+
 // What domain_terms gives, for a domain of any size.
 template <typename T>
-std::pair<double, double> sum_terms(const T* x, const T* w, int64_t count, T sign, T* slope) {
+Sums sum_terms(const T* x, const T* w, int64_t count, T sign, T* slope) {
   const int64_t blocks = (count + block - 1) / block;
-  std::vector<std::pair<double, double>> sums(blocks);
+  c10::SmallVector<Sums, 4> sums(blocks);
   at::parallel_for(0, blocks, grain(32 * block), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * block;
       FASTDA_RUN(domain_terms<T>(x + first, w ? w + first : nullptr, std::min(block, count - first), sign,
-                                 slope + first, &sums[i].first, &sums[i].second));
+                                 slope + first, &sums[i].loss, &sums[i].weight));
     }
   });
-  std::pair<double, double> total{0.0, 0.0};
-  for (const auto& [loss, weight] : sums) total = {total.first + loss, total.second + weight};
+  Sums total;
+  for (const Sums& part : sums) total = {total.loss + part.loss, total.weight + part.weight};
   return total;
 }
 
@@ -70,15 +82,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source_logits, 
     scalar_t *losses = loss.mutable_data_ptr<scalar_t>(), *scales = scale.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, sizes.episodes, grain(32 * (sizes.sources + sizes.targets)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const auto [source_sum, source_total] = one_domain(s, ws, source_slope, i, sizes.sources, -1);
-        const auto [target_sum, target_total] = one_domain(t, wt, target_slope, i, sizes.targets, 1);
-        losses[i] = sizes.mean ? (source_sum / source_total + target_sum / target_total) / 2 : source_sum + target_sum;
-        scales[2 * i] = sizes.mean ? 0.5 / source_total : 1.0;
-        scales[2 * i + 1] = sizes.mean ? 0.5 / target_total : 1.0;
+        const Sums of_source = one_domain(s, ws, source_slope, i, sizes.sources, -1);
+        const Sums of_target = one_domain(t, wt, target_slope, i, sizes.targets, 1);
+        losses[i] = loss_of(of_source, of_target, sizes.mean);
+        scales[2 * i] = of_source.scale(sizes.mean);
+        scales[2 * i + 1] = of_target.scale(sizes.mean);
       }
     });
   });
   return {loss, source_slope, target_slope, scale};
+}
+
+template <typename T>
+void scale_slopes(const T* slope, int64_t count, T factor, T* out) {
+  at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
+    FASTDA_RUN(scaled<T>(slope + first, last - first, factor, out + first));
+  });
 }
 
 // The gradient of a domain's logits: the slope times what came in.
@@ -92,10 +111,7 @@ Tensor logits_gradient(const Tensor& grad_loss, const Tensor& logits, const Tens
     scalar_t* to = result.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, episodes, grain(count), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const scalar_t factor = grads[i] * scales[2 * i + domain];
-        at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
-          FASTDA_RUN(scaled<scalar_t>(from + i * count + first, last - first, factor, to + i * count + first));
-        });
+        scale_slopes(from + i * count, count, grads[i] * scales[2 * i + domain], to + i * count);
       }
     });
   });
@@ -134,6 +150,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, con
 }
 
 }  // namespace
+
+UnweightedDomainLoss unweighted_domain_loss(const Tensor& source_logits, const Tensor& target_logits, bool mean) {
+  const int64_t sources = source_logits.numel(), targets = target_logits.numel();
+  const auto options = source_logits.options();
+  UnweightedDomainLoss result{at::cpu::empty({}, options), at::cpu::empty({sources + targets}, options), {}};
+  AT_DISPATCH_FLOATING_TYPES(source_logits.scalar_type(), "domain_adversarial_loss", [&] {
+    scalar_t* slope = result.slopes.mutable_data_ptr<scalar_t>();
+    const Sums of_source = sum_terms<scalar_t>(source_logits.const_data_ptr<scalar_t>(), nullptr, sources, -1, slope);
+    const Sums of_target =
+        sum_terms<scalar_t>(target_logits.const_data_ptr<scalar_t>(), nullptr, targets, 1, slope + sources);
+    *result.loss.mutable_data_ptr<scalar_t>() = loss_of(of_source, of_target, mean);
+    result.scale = {of_source.scale(mean), of_target.scale(mean)};
+  });
+  return result;
+}
+
+Tensor scaled_slopes(const Tensor& slopes, int64_t first, double factor, at::IntArrayRef shape) {
+  const Tensor result = at::cpu::empty(shape, slopes.options());
+  AT_DISPATCH_FLOATING_TYPES(slopes.scalar_type(), "domain_adversarial_loss_backward", [&] {
+    scale_slopes<scalar_t>(slopes.const_data_ptr<scalar_t>() + first, result.numel(), factor,
+                           result.mutable_data_ptr<scalar_t>());
+  });
+  return result;
+}
 
 TORCH_LIBRARY_IMPL(fastda, CPU, m) {
   m.impl("domain_adversarial_loss", &forward);

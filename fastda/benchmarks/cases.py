@@ -68,6 +68,7 @@ class Case:
     differentiable: bool = True
     phase: str = "both"  # what the figures, and the share of the limit, are about
     constants: tuple[int, ...] = ()  # positions of floating arguments that get no gradient
+    patience: float = 1.0  # times the budget: to tell one per cent of a long step takes many rounds
 
     @property
     def work(self) -> Work:
@@ -394,7 +395,8 @@ def _linear(samples: int, features: int, hidden: int, *figures: Figure) -> Case:
 def _step(label: str, op: str, *figures: Figure) -> Case:
     sizes = {"samples": 64, "side": 28, "features": 128, "hidden": 64, "classes": 10}
     label += " {samples}+{samples} images {side}×{side}"
-    return _case(label, "training", op, sizes, _training_step, _training_step_work, figures, constants=(0, 1))
+    options = {"constants": (0, 1), "patience": 8}
+    return _case(label, "training", op, sizes, _training_step, _training_step_work, figures, **options)
 
 
 def _maml_step(op: str, end: str, *figures: Figure) -> Case:

@@ -59,7 +59,7 @@ def measure(
             checks[side.truth] = Check(case, arguments, seed, side.truth)
         return checks[side.truth]
 
-    found, rounds = compare(present, check, budget, seed)
+    found, rounds = compare(present, check, case.patience * budget, seed)
     rows = {}
     for side in made:
         if isinstance(side, Absent):

@@ -216,7 +216,7 @@ class InnerLoop(nn.Module):
         if len(tasks[0]) == 0 and self.process_group is None:
             raise ValueError("support: expected at least one task, got none; skip batches without tasks")
         count, sums = len(tasks[0]), None
-        with self.batched():
+        with self.batched(compiled=self.compile):
             if count > 0:  # a process may have no task
                 for some in self.chunks(*tasks):
                     found = function(*some)
@@ -229,10 +229,10 @@ class InnerLoop(nn.Module):
         return sums, count
 
     @contextmanager
-    def batched(self) -> Iterator[None]:
-        """What `vmap` and the gradients inside need: no running statistics are written, attention is not fused, under
-        autocast norms see the dtype of their parameters, and nothing is recorded but where it is asked for, which
-        inference mode would refuse."""
+    def batched(self, compiled: bool = False) -> Iterator[None]:
+        """What `vmap` and the gradients inside need: no running statistics are written, attention is not fused (compiled
+        code sees to that itself), under autocast norms see the dtype of their parameters, and nothing is recorded but
+        where it is asked for, which inference mode would refuse."""
         layers = [module for module in self.network.modules() if isinstance(module, _NormBase)]
         before = [(m.training, m.track_running_stats, m.running_mean, m.running_var) for m in layers]
         hooks = []
@@ -250,7 +250,7 @@ class InnerLoop(nn.Module):
                     layer.running_mean = layer.running_var = None
             inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inference else nullcontext():
-                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                with torch.no_grad(), nullcontext() if compiled else sdpa_kernel(SDPBackend.MATH):
                     yield
         finally:
             for hook in hooks:
@@ -374,18 +374,36 @@ def clip(gradients: Parameters, max_norm: float) -> Parameters:
 
 
 def compiled_with_gradients(function: Callable) -> Callable:
-    """`function` compiled as one graph, the gradients that it takes in it included."""
+    """`function` compiled as one graph, the gradients that it takes in it included.
+
+    For a second set of shapes, code for shapes of any size is compiled. Where PyTorch refuses that (2.13 does for linear
+    layers over maps or sequences, under `vmap`), code is compiled for each set of shapes.
+    """
     import torch._dynamo  # not before it is asked for: it takes a second
 
-    compiled = torch.compile(function, fullgraph=True, options={"guard_filter_fn": guards_of_values})
+    def traced(*arguments):
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(*arguments)
+
+    options = {"guard_filter_fn": guards_of_values}
+    for_each_shape = torch.compile(traced, fullgraph=True, dynamic=False, options=options)
+    compiled = torch.compile(traced, fullgraph=True, options=options)
 
     def run(*arguments):
+        nonlocal compiled
         try:
             return compiled(*arguments)
         except torch._dynamo.exc.Unsupported:  # what is not compiled yet: the switch below takes time at each call
             pass
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return compiled(*arguments)
+            try:
+                return compiled(*arguments)
+            except torch._dynamo.exc.TorchDynamoException:
+                if compiled is for_each_shape:
+                    raise
+            results = for_each_shape(*arguments)  # raises again where it is not the shapes
+            compiled = for_each_shape
+            return results
 
     return run
 
@@ -397,6 +415,11 @@ def guards_of_values(guards: Sequence) -> list[bool]:
 
 def check_tasks(**tensors: Tensor) -> None:
     """Tensors that share the number of tasks; support and queries as many labels as samples."""
+    shapes = [x.shape[:2] if isinstance(x, Tensor) else () for x in tensors.values()]  # in support, labels, …: pairs
+    if all(len(shape) == 2 and shape[0] == shapes[0][0] and shape[1] > 0 for shape in shapes) and all(
+        samples == labels for samples, labels in zip(shapes[::2], shapes[1::2])
+    ):
+        return
     (first_name, first), *_ = tensors.items()
     for name, x in tensors.items():
         tensor(name, x)

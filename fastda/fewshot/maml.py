@@ -43,7 +43,9 @@ class MAML(InnerLoop):
         reduction: the meta-loss is the "mean" or the "sum" over the tasks.
         chunk_size: so many tasks are computed at a time, which bounds the memory; the result is the same but for
             rounding (and for the draws of dropout).
-        compile: compile the whole step with `torch.compile`; the first call takes up to half a minute.
+        compile: compile the whole step with `torch.compile`; the first call takes up to half a minute, and so does
+            the first with other shapes. A network with linear layers over maps or sequences is compiled for each set
+            of shapes, of which PyTorch allows eight (`torch._dynamo.config.recompile_limit`).
         process_group: a `torch.distributed` group whose processes share the tasks of a batch, each passing its own:
             all get the loss and the gradient of the whole batch, however many tasks each has.
             `torch.distributed.group.WORLD` is all of them, and None, one process alone, before `init_process_group`.
@@ -141,15 +143,24 @@ class MAML(InnerLoop):
         (*gradients, total), count = self.sum_over_tasks(
             partial(run, parameters, rates), tasks, leaves if differentiate else []
         )
-        divisor = count if self.reduction == "mean" else 1
+        divisor = 1 if self.reduction == "sum" or self._all_at_once else count
         return with_gradient(total, gradients, divisor, leaves) if differentiate else total / divisor
 
+    @property
+    def _all_at_once(self) -> bool:
+        """Whether all tasks pass together, so that their mean need not wait for the sums over others."""
+        return self.chunk_size is None and self.process_group is None
+
+    def _reduce(self, losses: Tensor) -> Tensor:
+        """The sum of tasks' losses, or their mean where these are all tasks and it is asked for."""
+        return losses.mean() if self.reduction == "mean" and self._all_at_once else losses.sum()
+
     def _loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
-        """The sum of the meta-loss over tasks."""
-        return [self.query_losses(parameters, rates, *tasks, first_order=True).sum()]
+        """The meta-loss of these tasks, reduced."""
+        return [self._reduce(self.query_losses(parameters, rates, *tasks, first_order=True))]
 
     def _gradients_and_loss(self, parameters: Parameters, rates: Parameters | float, *tasks: Tensor) -> list[Tensor]:
-        """The sums over tasks of the gradients for parameters and learned rates, and of the meta-loss."""
+        """The gradients of the reduced meta-loss of these tasks for parameters and learned rates, and itself."""
         # Not of the parameters themselves, whose hooks wait for the backward pass of the meta-loss.
         parameters = {name: x.detach().requires_grad_() for name, x in parameters.items()}
         leaves = list(parameters.values())
@@ -157,9 +168,9 @@ class MAML(InnerLoop):
             rates = {name: x.detach().requires_grad_() for name, x in rates.items()}
             leaves += rates.values()
         with torch.enable_grad():
-            losses = self.query_losses(parameters, rates, *tasks, first_order=self.first_order)
-            gradients = torch.autograd.grad(losses, leaves, torch.ones_like(losses), materialize_grads=True)
-        return [*gradients, losses.detach().sum()]
+            loss = self._reduce(self.query_losses(parameters, rates, *tasks, first_order=self.first_order))
+            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return [*gradients, loss.detach()]
 
     def query_losses(
         self,
