@@ -35,8 +35,8 @@ void check_weight(const char* name, const Tensor& weight, const char* logits_nam
                     logits_name, ", ", logits.sizes(), ", or no element, got ", weight.sizes());
 }
 
-// Without weights on the CPU a call is mostly overhead: there a node of its own takes the place of the dispatcher's passes
-// and keeps what it needs in one buffer. Where its gradient is to be recorded or transformed, the ops take over.
+// Without weights on the CPU a call is mostly overhead: there a node of its own takes the place of the dispatcher's
+// passes and keeps what it needs in one buffer. Where its gradient is to be recorded or transformed, the op takes over.
 struct DomainLoss : torch::autograd::Node {
   DomainLoss(const Tensor& source_logits, const Tensor& target_logits, const UnweightedDomainLoss& found, bool mean)
       : source_logits(source_logits, /*is_output=*/false),

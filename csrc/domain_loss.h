@@ -32,7 +32,8 @@ struct UnweightedDomainLoss {
   at::Tensor loss, slopes;
   std::array<double, 2> scale;
 };
-UnweightedDomainLoss unweighted_domain_loss(const at::Tensor& source_logits, const at::Tensor& target_logits, bool mean);
+UnweightedDomainLoss unweighted_domain_loss(const at::Tensor& source_logits, const at::Tensor& target_logits,
+                                            bool mean);
 
 // factor · slopes from the one at `first` on, in the shape of the logits they belong to.
 at::Tensor scaled_slopes(const at::Tensor& slopes, int64_t first, double factor, at::IntArrayRef shape);

@@ -136,7 +136,7 @@ def test_compiled_second_order_is_that_of_a_loop(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "attention", "LayerNorm of maps"])
 def test_other_shapes_are_compiled_too(name):
-    """With symbols for the sizes, or, where linear layers over maps refuse those under vmap (torch 2.13), as they are."""
+    """With symbols for sizes, or, where linear layers over maps refuse those under vmap (torch 2.13), with numbers."""
     torch.compiler.reset()
     network, tasks = make(name)
     maml = MAML(network, mse_loss, inner_lr=RATE, compile=True)

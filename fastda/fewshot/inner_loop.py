@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import iscode, ismodule
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from ..reference.precision import accumulate
 from .meta_gradient import sum_over_processes
 
 NORM_STATISTICS = ("batch", "kept")
+_numbers = itertools.count()
 Parameters = dict[str, Tensor]
 
 
@@ -230,9 +233,9 @@ class InnerLoop(nn.Module):
 
     @contextmanager
     def batched(self, compiled: bool = False) -> Iterator[None]:
-        """What `vmap` and the gradients inside need: no running statistics are written, attention is not fused (compiled
-        code sees to that itself), under autocast norms see the dtype of their parameters, and nothing is recorded but
-        where it is asked for, which inference mode would refuse."""
+        """What `vmap` and the gradients inside need: no running statistics are written, attention is not fused
+        (compiled code sees to that itself), under autocast norms see the dtype of their parameters, and nothing is
+        recorded but where it is asked for, which inference mode would refuse."""
         layers = [module for module in self.network.modules() if isinstance(module, _NormBase)]
         before = [(m.training, m.track_running_stats, m.running_mean, m.running_var) for m in layers]
         hooks = []
@@ -376,8 +379,8 @@ def clip(gradients: Parameters, max_norm: float) -> Parameters:
 def compiled_with_gradients(function: Callable) -> Callable:
     """`function` compiled as one graph, the gradients that it takes in it included.
 
-    For a second set of shapes, code for shapes of any size is compiled. Where PyTorch refuses that (2.13 does for linear
-    layers over maps or sequences, under `vmap`), code is compiled for each set of shapes.
+    For a second set of shapes, code for shapes of any size is compiled. Where PyTorch refuses that (2.13 does for
+    linear layers over maps or sequences, under `vmap`), code is compiled for each set of shapes.
     """
     import torch._dynamo  # not before it is asked for: it takes a second
 
@@ -385,25 +388,29 @@ def compiled_with_gradients(function: Callable) -> Callable:
         with sdpa_kernel(SDPBackend.MATH):
             return function(*arguments)
 
-    options = {"guard_filter_fn": guards_of_values}
-    for_each_shape = torch.compile(traced, fullgraph=True, dynamic=False, options=options)
-    compiled = torch.compile(traced, fullgraph=True, options=options)
+    def compile(dynamic: bool | None) -> Callable:
+        # A code and a name of its own: by these PyTorch tells what shapes it has seen, and limits how often it compiles.
+        code = traced.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+        copied = FunctionType(code, globals(), None, None, traced.__closure__)
+        return torch.compile(copied, fullgraph=True, dynamic=dynamic, options={"guard_filter_fn": guards_of_values})
+
+    compiled, for_each_shape = compile(dynamic=None), compile(dynamic=False)
 
     def run(*arguments):
         nonlocal compiled
         try:
             return compiled(*arguments)
-        except torch._dynamo.exc.Unsupported:  # what is not compiled yet: the switch below takes time at each call
+        except torch._dynamo.exc.TorchDynamoException:  # not compiled yet: the switch below takes time at each call
             pass
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            try:
-                return compiled(*arguments)
-            except torch._dynamo.exc.TorchDynamoException:
-                if compiled is for_each_shape:
-                    raise
-            results = for_each_shape(*arguments)  # raises again where it is not the shapes
-            compiled = for_each_shape
-            return results
+            if compiled is not for_each_shape:
+                try:
+                    return compiled(*arguments)
+                except torch._dynamo.exc.TorchDynamoException:
+                    pass
+            results = for_each_shape(*arguments)  # raises once more where it is not the shapes
+        compiled = for_each_shape
+        return results
 
     return run
 
