@@ -249,7 +249,7 @@ def test_images_are_resized_where_that_is_asked_for(tmp_path):
         open_samples(tmp_path)
     images, _ = open_samples(tmp_path, image_size=(5, 7)).read()
     assert images.shape == (2, 3, 5, 7)
-    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([100.0, 200]) / 255)
+    np.testing.assert_allclose(images[:, 0, 0, 0], np.array([100, 200]) / 255, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +384,7 @@ BAD = {
         "expected columns of numbers beside 'label', got 'sex' of string; .*--label",
     ),
     "parquet text": ("a.parquet", lambda path: write_parquet(path, np.c_[WORDS, WORDS], None, ["u", "v"]), "got 'u', 'v'"),
+    "label with a capital": ("a.csv", lambda path: path.write_text("a,Label\n1,0\n"), "got one named 'Label'.*--label"),
     "labels alone": ("a.csv", lambda path: path.write_text("label\n1\n"), "expected columns of features, got 'label' al"),
     "a line cut off": ("a.csv", lambda path: path.write_text("a,b,label\n1,2,0\n1,2"), "Expected 3 columns, got 2"),
     "UTF-16": ("a.csv", lambda path: path.write_bytes("a,label\n1,0\n".encode("utf-16")), "expected text in UTF-8"),

@@ -215,7 +215,7 @@ def test_classes_that_only_the_target_has_are_a_warning(capsys):
         (("source.npz", "target.npz", "--max-samples", "5"), "--max-samples: expected at least 20, got 5"),
         (("source.npz", "target.npz", "--alpha", "0"), "--alpha: expected a number above 0"),
         (("source.npz", "target.npz", "--image-size", "8"), "source.npz: expected a folder of images"),
-        (("rare.npz", "target.npz"), "rare.npz: expected at least 2 samples of each class, got 1 of 4"),
+        (("rare.npz", "target.npz"), "rare.npz: expected at least 2 samples of each of the 10 classes, got fewer of 4;"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, message, capsys):

@@ -17,7 +17,7 @@ from .labels import encode, listed
 from .samples import Samples
 
 FEATURE_KEYS = ("features", "images", "x", "X")
-LABEL_KEYS = ("labels", "label", "y")
+LABEL_KEYS = ("labels", "label", "y", "Y", "targets")
 CHANNELS = (1, 3, 4)
 
 

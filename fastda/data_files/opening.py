@@ -28,8 +28,8 @@ def open_samples(
 ) -> Samples:
     """Open features or images, with labels or without; what they are comes from the ending of the name.
 
-    - `.npz`: features under one of `features`, `images`, `x`, `X`; labels under one of `labels`, `label`, `y`. Features
-      (N, D), images (N, H, W), (N, C, H, W) or (N, H, W, C); uint8 images are divided by 255.
+    - `.npz`: features under one of `features`, `images`, `x`, `X`; labels under one of `labels`, `label`, `y`, `Y`,
+      `targets`. Features (N, D), images (N, H, W), (N, C, H, W) or (N, H, W, C); uint8 images are divided by 255.
     - `.npy`: the same, without labels; memory-mapped.
     - `.csv`, `.parquet`: a column a feature, all of them numbers, and one of labels. A first line of names; separated
       by commas, semicolons or tabs. Needs pyarrow.

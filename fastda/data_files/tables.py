@@ -64,6 +64,11 @@ def _samples(path: Path, schema, batches: Callable, label: str, class_names, fea
     """Names and types checked, labels read."""
     import pyarrow
 
+    alike = [name for name in schema.names if name.strip().lower() == label.lower()]
+    if alike and label not in alike:
+        raise ValueError(
+            f"{path}: expected labels in a column {label!r}, got one named {alike[0]!r}; rename it, or name it (--label)"
+        )
     columns = [name for name in schema.names if name != label and not name.startswith("__index_level_")]
     if feature_names is not None:
         missing = [name for name in feature_names if name not in columns]

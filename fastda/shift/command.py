@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..data_files import Samples, open_pair
+from ..data_files.labels import listed
 from ..files import check_writable
 from ..threads import one_thread
 from .advice import DOMAINS, MODALITIES, SCENARIOS
@@ -158,11 +159,11 @@ def check_classes(source: Samples, labels: Tensor | None) -> None:
     if labels is None:
         return
     counts = labels.bincount(minlength=len(source.class_names)).tolist()
-    rare = [f"{count} of {name}" for name, count in zip(source.class_names, counts) if count < 2]
+    rare = [name for name, count in zip(source.class_names, counts) if count < 2]
     if rare:
         raise ValueError(
-            f"{source.path}: expected at least 2 samples of each class, got {', '.join(rare[:5])}; merge or drop these "
-            "classes"
+            f"{source.path}: expected at least 2 samples of each of the {len(counts)} classes, got fewer of "
+            f"{listed(rare)}; merge or drop such classes, or name another column of labels (--label)"
         )
 
 
