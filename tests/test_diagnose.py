@@ -63,6 +63,7 @@ def test_the_example_runs_as_typed(capsys):
     assert "label shift:" not in text and "Class frequencies" not in text
     assert "Recommended: unsupervised adaptation with Deep CORAL." in text
     assert "DeepCORAL(feature_extractor, label_predictor" in text
+    assert text.endswith("In one command: fastda adapt shift/source.npz shift/target.npz --out adapted")
     assert "574 source samples, 573 of the target; 256 features." in text and "pixel 0, 0" in text
 
 
@@ -100,7 +101,8 @@ def test_label_shift_shows_the_classes_that_changed(capsys):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(Path("a.json").read_text())
     assert found["kinds"] == ["label"] and found["recommendation"]["method"] == "reweight"
-    assert (found["num_source"], found["num_target"], found["num_labelled"]) == (len(known.source), len(known.target), 0)
+    sizes = found["num_source"], found["num_target"], found["num_labelled"]
+    assert sizes == (len(known.source), len(known.target), 0)
 
 
 def test_known_target_labels_show_concept_drift(capsys):
@@ -215,7 +217,7 @@ def test_classes_that_only_the_target_has_are_a_warning(capsys):
         (("source.npz", "target.npz", "--max-samples", "5"), "--max-samples: expected at least 20, got 5"),
         (("source.npz", "target.npz", "--alpha", "0"), "--alpha: expected a number above 0"),
         (("source.npz", "target.npz", "--image-size", "8"), "source.npz: expected a folder of images"),
-        (("rare.npz", "target.npz"), "rare.npz: expected at least 2 samples of each of the 10 classes, got fewer of 4;"),
+        (("rare.npz", "target.npz"), "rare.npz: expected at least 2 samples of each of the 10 classes, got fewer of 4"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, message, capsys):

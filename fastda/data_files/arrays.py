@@ -26,10 +26,11 @@ def open_npz(path: Path, label: str, class_names: Sequence | None) -> Samples:
     with _archive(path) as archive:
         members = {name[: -len(".npy")]: name for name in archive.namelist() if name.endswith(".npy")}
         if not members:
-            found = listed(archive.namelist()) if archive.namelist() else "nothing"
-            raise ValueError(f"{path}: expected arrays as numpy.savez writes them, got {found}; write it with numpy.savez")
+            found = listed(archive.namelist()) or "nothing"
+            raise ValueError(f"{path}: expected arrays as numpy.savez writes them, got {found}; use numpy.savez")
         key = _only(path, "features", members, FEATURE_KEYS)
-        label_key = _only(path, "labels", members, LABEL_KEYS if label == "label" else (label,), needed=label != "label")
+        any_key = label == "label"
+        label_key = _only(path, "labels", members, LABEL_KEYS if any_key else (label,), needed=not any_key)
         with archive.open(members[key]) as file:
             array = _header(path, key, file, archive.getinfo(members[key]).file_size)
         labels, names = None, ()
@@ -153,7 +154,9 @@ def _pickled(where: str) -> str:
 
 def _check_size(where: str, got: int, expected: int) -> None:
     if got != expected:
-        raise ValueError(f"{where}: expected {expected} bytes of data, got {got}: it is truncated; write or copy it again")
+        raise ValueError(
+            f"{where}: expected {expected} bytes of data, got {got}: it is truncated; write or copy it again"
+        )
 
 
 def _label_values(path: Path, key: str, archive: zipfile.ZipFile, member: str) -> np.ndarray:
@@ -201,4 +204,6 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
             "write or copy it again"
         ) from error
     except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed by a method that Python lacks
-        raise ValueError(f"{path}: expected an archive that numpy wrote, got another ({error}); use numpy.savez") from error
+        raise ValueError(
+            f"{path}: expected an archive that numpy wrote, got another ({error}); use numpy.savez"
+        ) from error

@@ -25,8 +25,8 @@ def open_folder(
         files += [(file, folder.name) for file in sorted(folder.rglob("*")) if _is_image(file)]
     if not files:
         raise ValueError(
-            f"{path}: expected images ({', '.join(SUFFIXES)}), one folder for each class or all in one, got none; check "
-            "the path"
+            f"{path}: expected images ({', '.join(SUFFIXES)}), one folder for each class or all in one, got none; "
+            "check the path"
         )
     size, found_channels = _size_and_channels(path, [file for file, _ in files], image_size)
     channels = channels or found_channels

@@ -70,7 +70,8 @@ def _text(where: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"{where}: expected class labels, whole numbers or text, got {values.dtype}; convert them to one of these"
         )
-    texts = ["" if value is None else value.decode() if isinstance(value, bytes) else value for value in values.tolist()]
+    texts = ["" if value is None else value for value in values.tolist()]
+    texts = [text.decode() if isinstance(text, bytes) else text for text in texts]
     wrong = next((value for value in texts if not isinstance(value, str)), None)
     if wrong is not None:
         raise ValueError(f"{where}: expected labels of text, got {checks.describe(wrong)}; convert all of them to text")

@@ -149,16 +149,17 @@ def open_pair(
 def check_labelled(samples: Samples, label: str = "label") -> None:
     """Raise a ValueError unless every sample has a label, and there are two classes at least."""
     if samples.labels is None:
-        has = f"it has the columns {listed(samples.feature_names)}" if samples.feature_names else "see --help for formats"
+        columns = samples.feature_names
+        has = f"it has the columns {listed(columns)}" if columns else "see --help for formats"
         raise ValueError(
-            f"{samples.path}: expected a label of each sample, got none, under {label!r} or elsewhere; add them, or name "
-            f"where they are (--label); {has}"
+            f"{samples.path}: expected a label of each sample, got none, under {label!r} or elsewhere; add them, or "
+            f"name where they are (--label); {has}"
         )
     unknown = len(samples) - samples.num_labelled
     if unknown:
         raise ValueError(
-            f"{samples.path}: expected a label of each sample, got {unknown} of {len(samples)} without (negative, empty "
-            "or NaN); leave these samples out"
+            f"{samples.path}: expected a label of each sample, got {unknown} of {len(samples)} without (negative, "
+            "empty or NaN); leave these samples out"
         )
     if len(samples.class_names) < 2:
         raise ValueError(
@@ -179,7 +180,8 @@ def check_same_shape(source: Samples, target: Samples) -> None:
     if extra:
         cure += f"; only the target has {listed(extra)}"
     raise ValueError(
-        f"{target.path}: expected {what} as in {source.path}, {_words(source.shape)}, got {_words(target.shape)}; {cure}"
+        f"{target.path}: expected {what} as in {source.path}, {_words(source.shape)}, got {_words(target.shape)}; "
+        f"{cure}"
     )
 
 

@@ -67,7 +67,8 @@ def _samples(path: Path, schema, batches: Callable, label: str, class_names, fea
     alike = [name for name in schema.names if name.strip().lower() == label.lower()]
     if alike and label not in alike:
         raise ValueError(
-            f"{path}: expected labels in a column {label!r}, got one named {alike[0]!r}; rename it, or name it (--label)"
+            f"{path}: expected labels in a column {label!r}, got one named {alike[0]!r}; rename it, or pass its name "
+            "(--label)"
         )
     columns = [name for name in schema.names if name != label and not name.startswith("__index_level_")]
     if feature_names is not None:

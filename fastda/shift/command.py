@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,20 +64,29 @@ def run(args: argparse.Namespace) -> int:
     report = dataclasses.replace(diagnose_samples(source, target, args), situation=situation)
     report.print()
     print(f"\n{report.recommendation.how()}")
+    if source.labels is not None and report.recommendation.method != "none":
+        print(f"In one command: {adapt_command(args)}\n")
     for path, write in ((args.figure, report.plot), (args.json, report.save)):
         if path is not None:
             print(f"Wrote {write(path)}")
     return 0
 
 
+def adapt_command(args: argparse.Namespace) -> str:
+    """What follows the recommendation on the same files."""
+    words = ["fastda", "adapt", str(args.source), str(args.target), "--out", "adapted"]
+    words += ["--label", args.label] if args.label != "label" else []
+    words += ["--image-size", str(args.image_size)] if args.image_size is not None else []
+    return shlex.join(words)
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise a ValueError for what would fail only when the work is done."""
-    for name, least in (("labelled", 0), ("labelled_per_class", 0), ("unlabelled", 0), ("image_size", 1)):
+    bounds = {"labelled": 0, "labelled_per_class": 0, "unlabelled": 0, "image_size": 1, "max_samples": LEAST_SAMPLES}
+    for name, least in bounds.items():
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}; pass a larger number")
-    if args.max_samples < LEAST_SAMPLES:
-        raise ValueError(f"--max-samples: expected at least {LEAST_SAMPLES}, got {args.max_samples}; pass a larger number")
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}; pass a larger one")
     if not 0 < args.alpha <= 0.5:
         raise ValueError(f"--alpha: expected a number above 0 and at most 0.5, got {args.alpha}; 0.05 is usual")
     if args.seed < 0:
@@ -101,8 +111,8 @@ def the_situation(args: argparse.Namespace, source: Samples) -> dict:
     if args.labelled_per_class is not None:
         if not source.class_names:
             raise ValueError(
-                f"--labelled-per-class: expected labels in {source.path}, to know how many classes there are, got none; "
-                "pass --labelled"
+                f"--labelled-per-class: expected labels in {source.path}, to know how many classes there are, got "
+                "none; pass --labelled"
             )
         situation["labelled"] = args.labelled_per_class * len(source.class_names)
     chosen = {name: getattr(args, name) for name in ("labelled", "unlabelled", "domains", "scenario")}
@@ -114,8 +124,8 @@ def diagnose_samples(source: Samples, target: Samples, args: argparse.Namespace)
     for samples in (source, target):
         if len(samples) < LEAST_SAMPLES:
             raise ValueError(
-                f"{samples.path}: expected at least {LEAST_SAMPLES} samples, got {len(samples)}: of fewer nothing can be "
-                "told; collect more"
+                f"{samples.path}: expected at least {LEAST_SAMPLES} samples, got {len(samples)}: of fewer nothing can "
+                "be told; collect more"
             )
         flat(samples).check_memory(min(len(samples), args.max_samples), COPIES)
     drawn = [flat(samples).draw(args.max_samples, args.seed) for samples in (source, target)]
@@ -141,8 +151,8 @@ def diagnose_samples(source: Samples, target: Samples, args: argparse.Namespace)
     if max(source.shape[1:], default=0) > SIDE:
         height, width = (min(side, SIDE) for side in source.shape[1:])
         warnings.append(
-            f"of the images, averages over {height}×{width} parts are looked at; what a network's layer gives, saved with "
-            "numpy.savez(..., features=...), shows more"
+            f"of the images, averages over {height}×{width} parts are looked at; what a network's layer gives, saved "
+            "with numpy.savez(..., features=...), shows more"
         )
     return dataclasses.replace(
         report,
