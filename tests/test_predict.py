@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from adapting_data import NAMES, call, images, predictions, write_clouds
+from adapting_data import NAMES, call, clouds, images, predictions, write_clouds
 
 from fastda.adapting import adapt
 
@@ -103,3 +103,45 @@ def test_integers_stay_integers(tmp_path):
     found = adapt(x + y[:, None], y, x + y[:, None], method="source-only", epochs=5, out=tmp_path / "out")
     assert found.model.classes == (0, 7) and json.loads((tmp_path / "out" / "report.json").read_text())["classes"] == [0, 7]
     assert set(found.model.predict(x)) <= {0, 7}
+
+
+def test_columns_go_by_name(tmp_path, capsys):
+    """A table with its columns in another order, and others beside them, is the same table."""
+    pandas = pytest.importorskip("pandas", reason="writes the tables")
+    pytest.importorskip("pyarrow", reason="reads the tables")
+    source, labels, target, _ = clouds(60)
+    table = pandas.DataFrame(target, columns=["length", "width", "weight"])
+    table.to_csv(tmp_path / "target.csv", index=False)
+    table.assign(age=1.0)[["age", "weight", "length", "width"]].to_csv(tmp_path / "mixed.csv", index=False)
+    table[["weight", "length"]].to_csv(tmp_path / "narrow.csv", index=False)
+    table = pandas.DataFrame(source, columns=["length", "width", "weight"]).assign(tree=np.array(NAMES)[labels])
+    table.to_csv(tmp_path / "source.csv", index=False)
+    arguments = (tmp_path / "source.csv", tmp_path / "target.csv", "--label", "tree", "--method", "prototypes")
+    assert call("adapt", *arguments, "--epochs", 5, "--out", tmp_path / "adapted") == 0
+    assert call("predict", tmp_path / "adapted", tmp_path / "mixed.csv", "--out", tmp_path / "predictions.csv") == 0
+    assert (tmp_path / "predictions.csv").read_text() == (tmp_path / "adapted" / "predictions.csv").read_text()
+    assert call("predict", tmp_path / "adapted", tmp_path / "narrow.csv") == 1
+    assert "a column for each feature of the source, got none named 'width'" in capsys.readouterr().err
+
+
+def test_folders_of_images(tmp_path):
+    """With a folder for each class in the source; those to classify are larger, and in colour."""
+    Image = pytest.importorskip("PIL.Image", reason="writes the images")
+    source, labels, target, _ = images(60)
+    for folder, pictures, names in (
+        ("source", source, np.array(NAMES)[labels]),
+        ("target", target, [""] * len(target)),
+    ):
+        for number, (picture, name) in enumerate(zip(pictures, names)):
+            (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
+            pixels = (255 * picture[0].clip(0, 1)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / name / f"{number:03}.png")
+    (tmp_path / "large").mkdir()
+    for path in (tmp_path / "target").iterdir():
+        Image.open(path).resize((16, 16), Image.Resampling.NEAREST).convert("RGB").save(tmp_path / "large" / path.name)
+    out = tmp_path / "adapted"
+    assert call("adapt", tmp_path / "source", tmp_path / "target", "--method", "source-only", "--epochs", 20, "--out", out) == 0
+    assert call("predict", out, tmp_path / "large", "--image-size", 8, "--out", tmp_path / "predictions.csv") == 0
+    got, expected = (predictions(path / "predictions.csv") for path in (tmp_path, out))
+    assert len({row["label"] for row in expected}) > 1
+    assert np.mean([a["label"] == b["label"] for a, b in zip(got, expected)]) > 0.9

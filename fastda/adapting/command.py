@@ -112,5 +112,6 @@ def read(args: argparse.Namespace, source: Samples, target: Samples) -> Task:
         measure_only=args.measure_only,
         seed=args.seed,
         names=(str(args.source), str(args.target)),
+        feature_names=source.feature_names,
     )
 

@@ -35,6 +35,7 @@ class AdaptedModel:
         shape: of a sample: (D,) or (C, H, W).
         method: how it was adapted.
         network: "package.module:function" that makes the network; None for the default one.
+        feature_names: of the columns of the table that it was made from; () for arrays and images.
     """
 
     scale: Scale
@@ -45,6 +46,7 @@ class AdaptedModel:
     shape: tuple[int, ...]
     method: str
     network: str | None = None
+    feature_names: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> AdaptedModel:
         """Move the network; inputs may be anywhere."""
@@ -115,6 +117,7 @@ class AdaptedModel:
             "shape": list(self.shape),
             "method": self.method,
             "network": self.network,
+            "feature_names": list(self.feature_names),
             "prototypes": isinstance(self.label_predictor, Prototypes),
         }
         data = safetensors.save(tensors, {METADATA: json.dumps(metadata, ensure_ascii=False)})
@@ -183,7 +186,15 @@ def load_model(path: str | os.PathLike, *, network: str | None = None) -> Adapte
             raise ValueError(f"{path}: expected the weights of its own network, got others ({error})") from error
     scale = Scale(tensors["scale.mean"], tensors["scale.deviation"])
     return AdaptedModel(
-        scale, extractor, predictor, tensors["log_weights"], classes, shape, metadata["method"], made_by
+        scale,
+        extractor,
+        predictor,
+        tensors["log_weights"],
+        classes,
+        shape,
+        metadata["method"],
+        made_by,
+        tuple(metadata["feature_names"]),
     )
 
 

@@ -40,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
     """Predict, print, write; 0, or an error that says what to do."""
     check_writable("--out", args.out)
     model = load_model(args.model, network=args.network).to(args.device)
-    samples = open_samples(args.data, label=args.label, image_size=args.image_size)
+    samples = open_samples(
+        args.data,
+        label=args.label,
+        image_size=args.image_size,
+        feature_names=model.feature_names or None,
+        channels=model.shape[0] if args.data.is_dir() and len(model.shape) == 3 else None,
+    )
     model.check(torch.empty(0, *samples.shape), str(args.data))
     counts = Counts(model, samples)
     with progress_bar(None, total=len(samples), unit="sample") as bar:

@@ -30,6 +30,7 @@ class Task:
         target_labels: (Nt,), int64, those that training may see; UNKNOWN elsewhere.
         measured_labels: (Nt,), int64, those that accuracy is measured on and no training sees; UNKNOWN elsewhere.
         classes: names.
+        feature_names: of the columns of a table; () where they have none.
     """
 
     source: Tensor
@@ -39,6 +40,7 @@ class Task:
     target_labels: Tensor
     measured_labels: Tensor
     classes: tuple
+    feature_names: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,6 +85,7 @@ def make_task(
     measure_only: bool,
     seed: int,
     names: tuple[str, str] = ("source", "target"),
+    feature_names: Sequence[str] = (),
 ) -> Task:
     """Check the data, and hold out what accuracy is measured on.
 
@@ -93,6 +96,7 @@ def make_task(
         measure_only: whether the target's labels are for measuring alone.
         seed: of what is held out.
         names: what to call the domains in errors: their files.
+        feature_names: of the columns of a table.
 
     Raises:
         TypeError, ValueError: data that cannot be adapted from or to.
@@ -130,7 +134,7 @@ def make_task(
     else:
         seen = nothing if measure_only else seen
         measured = torch.where(seen == UNKNOWN, measured, UNKNOWN)
-    return Task(source, source_labels, held_out, target, seen, measured, tuple(classes))
+    return Task(source, source_labels, held_out, target, seen, measured, tuple(classes), tuple(feature_names))
 
 
 def hold_out(labels: Tensor, random: np.random.Generator, least: int = 0) -> Tensor:

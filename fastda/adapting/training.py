@@ -182,7 +182,15 @@ class Trainer:
         device = next((p.device for p in predictor.parameters()), torch.device("cpu"))
         zeros = torch.zeros(len(task.classes), device=device)
         return AdaptedModel(
-            self.data.scale, extractor, predictor, zeros, task.classes, task.shape, method, self.settings.network
+            self.data.scale,
+            extractor,
+            predictor,
+            zeros,
+            task.classes,
+            task.shape,
+            method,
+            self.settings.network,
+            task.feature_names,
         )
 
 
