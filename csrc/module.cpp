@@ -14,6 +14,7 @@
 #include "eager.h"
 #include "gradient_reversal.h"
 #include "meta_gradient.h"
+#include "prototypes.h"
 
 // FASTDA_VERSION and its like are bare words on the command line: quotes would not survive every platform's shell.
 #define FASTDA_STRING_(...) #__VA_ARGS__
@@ -137,6 +138,22 @@ static py::object domain_adversarial_loss(py::handle source_logits, py::handle t
   return loss ? py::cast(*loss) : py::none();
 }
 
+static py::object prototypical_loss(py::handle support, py::handle support_labels, py::handle queries,
+                                    py::handle query_labels, int64_t num_classes, const std::string& metric,
+                                    double temperature, const std::string& reduction) {
+  for (const py::handle x : {support, support_labels, queries, query_labels}) {
+    if (!THPVariable_CheckExact(x.ptr())) return py::none();
+  }
+  std::optional<at::Tensor> loss;
+  {
+    const py::gil_scoped_release without_gil;
+    loss = fastda::prototypical_loss(THPVariable_Unpack(support.ptr()), THPVariable_Unpack(support_labels.ptr()),
+                                     THPVariable_Unpack(queries.ptr()), THPVariable_Unpack(query_labels.ptr()),
+                                     num_classes, metric, temperature, reduction);
+  }
+  return loss ? py::cast(*loss) : py::none();
+}
+
 static py::object constant(const c10::IValue& value) {
   if (value.isList()) {
     py::list values;
@@ -174,5 +191,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gradient_reversal_forks", &gradient_reversal_forks, eager);
   m.def("gradient_reversal_linear", &gradient_reversal_linear, eager);
   m.def("domain_adversarial_loss", &domain_adversarial_loss, eager);
+  m.def("prototypical_loss", &prototypical_loss, eager);
   m.def("with_gradient", &fastda::with_gradient, "A total over a divisor, whose gradients for leaves are given.");
 }

@@ -132,7 +132,7 @@ def serve(op: str, x: Tensor) -> str:
 def eager_core(x: Tensor):
     """The compiled core where an eager call on `x` may go straight to it, to be checked there; None where it may not.
 
-    For the ops of ADVERSARIAL, whose cost is that of the call.
+    For the ops of ADVERSARIAL and for single episodes, whose cost is largely that of the call.
     """
     if torch.compiler.is_compiling() or _requested not in ("auto", "cpp", "cuda"):
         return None

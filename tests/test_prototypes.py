@@ -510,6 +510,30 @@ def test_gradients_larger_than_the_caches(features):
     assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
+def test_a_single_plain_episode_is_checked_in_the_compiled_core(monkeypatch):
+    """Anything else is checked in Python, with the same result."""
+    draw = Draw(Sizes(samples=12, others=9, features=5, classes=3))
+    support, labels, queries, targets = draw.samples(12), draw.labels(12), draw.samples(9), draw.labels(9)
+    checked = []
+    check = fastda.ops.prototypes.check_episode
+    monkeypatch.setattr(fastda.ops.prototypes, "check_episode", lambda *args: checked.append(1) or check(*args))
+    loss = fastda.prototypical_loss(support, labels, queries, targets, 3, temperature=2)
+    assert not checked
+    others = [
+        ((support, labels.int(), queries, targets, 3), {"temperature": 2}),
+        ((support, labels, queries, targets, 3), {"temperature": torch.tensor(2.0)}),
+        ((support[None], labels[None], queries[None], targets[None], 3), {"temperature": 2}),
+    ]
+    for count, (episode, options) in enumerate(others, 1):
+        assert_close(fastda.prototypical_loss(*episode, **options), loss, rtol=0, atol=0)
+        assert len(checked) == count
+    for temperature in (0.0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="^temperature: expected a number > 0, got "):
+            fastda.prototypical_loss(support, labels, queries, targets, 3, temperature=temperature)
+    with pytest.raises(ValueError, match="^query_labels: expected shape"):
+        fastda.prototypical_loss(support, labels, queries, targets[:-1], 3)
+
+
 def test_an_episode_of_many_classes():
     draw = Draw(Sizes(samples=700, others=60, features=8, classes=300), torch.float64)
     support, labels, queries, targets = draw.samples(700), draw.labels(700), draw.samples(60), draw.labels(60)

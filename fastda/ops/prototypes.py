@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import serve
+from ..backend import eager_core, serve
 from ..reference import checks
 from ..reference.distributed import all_reduce_sum, check_group
 from ..reference.precision import accumulate, no_autocast
 from ..reference.prototypes import (
+    METRICS,
+    REDUCTIONS,
     check_cross_entropy,
     check_distance,
     check_episode,
@@ -190,6 +192,19 @@ def _temperature_of_each(temperature: float | Tensor, queries: Tensor) -> Tensor
     return torch.full(batch, temperature, dtype=dtype, device=queries.device)
 
 
+def _is_plain_call(num_classes, metric, temperature, reduction) -> bool:
+    """The options of a call that may go straight to the compiled core, which checks the tensors."""
+    return (
+        type(num_classes) is int
+        and 0 < num_classes < MANY_CLASSES
+        and type(temperature) in (float, int)
+        and type(metric) is str
+        and metric in METRICS
+        and type(reduction) is str
+        and reduction in REDUCTIONS
+    )
+
+
 @specified_by(reference.class_means)
 def class_means(support: Tensor, labels: Tensor, num_classes: int, *, empty: str = "nan", process_group=None) -> Tensor:
     labels = check_means(support, labels, num_classes)
@@ -298,6 +313,13 @@ def prototypical_loss(
     reduction: str = "mean",
     process_group=None,
 ) -> Tensor:
+    if process_group is None and _is_plain_call(num_classes, metric, temperature, reduction):
+        core = eager_core(queries)
+        if core is not None:
+            episode = support, support_labels, queries, query_labels
+            loss = core.prototypical_loss(*episode, num_classes, metric, temperature, reduction)
+            if loss is not None:
+                return loss
     options = {"metric": metric, "temperature": temperature, "reduction": reduction, "process_group": process_group}
     support, support_labels, queries, query_labels = check_episode(
         support, support_labels, queries, query_labels, num_classes, metric, temperature, reduction
