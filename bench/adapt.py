@@ -31,8 +31,8 @@ from fastda.demo.data import NUM_CLASSES, Digits, make_domains
 from fastda.files import write_atomically
 from fastda.intervals import interval
 
-WITHOUT = ("source-only", "reweight", "prototypes", "coral", "dann", "auto")
-WITH = ("prototypes", "coral", "dann", "feature-extraction", "top-layers", "finetune", "auto")
+WITHOUT = ("prototypes", "coral", "dann", "auto")
+WITH = ("prototypes", "coral", "dann", "finetune", "auto")
 SHOTS = 5  # labelled samples of each digit
 FORMS = ("images", "pixels")
 
@@ -60,7 +60,8 @@ def adapt(folder: Path, target: str, method: str, seed: int, test: Digits, form:
     """One run of the command: what its report says, what it does on further images, and its time."""
     out = folder / f"{target}-{method}"
     files = [str(folder / name) for name in ("source.npz", f"{target}.npz", "target_labels.npz")]
-    argv = ["adapt", *files[:2], "--target-labels", files[2], "--method", method, "--seed", str(seed), "--out", str(out)]
+    argv = ["adapt", *files[:2], "--target-labels", files[2], "--method", method]
+    argv += ["--seed", str(seed), "--out", str(out)]
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         code = cli.main(argv)

@@ -76,7 +76,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
 def equal(alone: Path, out: Path) -> bool:
     """Whether all that was written is to the bit what the run that was left alone wrote, and nothing else is there."""
-    files = [(alone / name).read_bytes() == (out / name).read_bytes() for name in RESULTS if name != "model.safetensors"]
+    texts = [name for name in RESULTS if name != "model.safetensors"]
+    files = [(alone / name).read_bytes() == (out / name).read_bytes() for name in texts]
     one, other = (load_model(path) for path in (alone, out))
     states = [{**m.feature_extractor.state_dict(), **m.label_predictor.state_dict()} for m in (one, other)]
     weights = states[0].keys() == states[1].keys() and all(map(torch.equal, states[0].values(), states[1].values()))

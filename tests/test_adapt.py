@@ -15,6 +15,7 @@ import torch
 from adapting_data import NAMES, QUICK, call, clouds, gain, images, predictions, report, write_clouds
 
 from fastda.adapting import adapt, load_model
+from fastda.adapting.folder import RESULTS
 
 TESTS = Path(__file__).parent
 
@@ -34,7 +35,7 @@ def tensors(*arrays):
 def test_from_files_to_an_adapted_model(folder, capsys):
     assert call("adapt", "source.npz", "target.npz", "--target-labels", "labelled.npz", "--out", "adapted", *QUICK) == 0
     out = folder / "adapted"
-    assert {p.name for p in out.iterdir()} == {"run.json", "model.safetensors", "predictions.csv", "report.json", "report.md"}
+    assert {p.name for p in out.iterdir()} == {"run.json", *RESULTS}
 
     found = report(out)
     assert found["choice"]["recommended"] and found["choice"]["method"] == "coral"
@@ -63,7 +64,8 @@ def test_unsupervised_methods_undo_a_shift(method):
     if method != "coral":  # moved rather than sheared: then every sample can be right again
         target = source[::-1].copy() + np.float32([1.2, 0, 0])
         target_labels = labels[::-1].copy()
-    found = adapt(*tensors(source, labels, target), measured_labels=target_labels, method=method, epochs=25, batch_size=30)
+    options = {"method": method, "epochs": 25, "batch_size": 30}
+    found = adapt(*tensors(source, labels, target), measured_labels=target_labels, **options)
     before, after = found.report.before.target_accuracy.share, found.report.after.target_accuracy.share
     assert after > before + 0.1 and after > 0.85, (before, after)
 
@@ -216,7 +218,7 @@ def test_other_data_are_refused(folder, capsys):
         (("source.npz", "few.npz"), "method: expected at least 20 samples of each domain"),
         (("source.npz", "target.npz", "--method", "finetune"), "method: expected target labels to train on"),
         (("source.npz", "target.npz", "--target-labels", "target.npz"), "target.npz: expected the labels under one of"),
-        (("source.npz", "target.npz", "--target-labels", "source_part.npz"), "a label for each of the 180 samples, got 30"),
+        (("source.npz", "target.npz", "--target-labels", "source_part.npz"), "each of the 180 samples, got 30"),
         (("source.npz", "target.npz", "--epochs", "0"), "epochs: expected"),
         (("source.npz", "target.npz", "--learning-rate", "-1"), "learning_rate: expected"),
         (("source.npz", "target.npz", "--learning-rate", "1e30", "--epochs", "3"), "lower the rate"),
@@ -226,7 +228,7 @@ def test_other_data_are_refused(folder, capsys):
         (("source.npz", "target.npz", "--network", "networks:mlq"), "near it are mlp"),
         (("source.npz", "target.npz", "--network", "networks:fails"), "failed with RuntimeError: not today"),
         (("source.npz", "target.npz", "--network", "networks:number"), "expected a torch.nn.Module"),
-        (("source.npz", "target.npz", "--network", "networks:two_outputs"), "expected a last linear layer of 3 outputs"),
+        (("source.npz", "target.npz", "--network", "networks:two_outputs"), "a last linear layer of 3 outputs"),
         (("source.npz", "target.npz", "--network", "networks:softmax_last"), "to come last in the model"),
         (("source.npz", "target.npz", "--network", "networks:wide_input"), "failed on inputs of shape (2, 3)"),
         (("source.npz", "target.npz", "--network", "networks:pair"), "expected logits of shape (2, 3)"),

@@ -101,7 +101,8 @@ def test_out_is_checked_first(model, tmp_path, capsys):
 def test_integers_stay_integers(tmp_path):
     x, y = torch.randn(40, 2), torch.arange(40) % 2 * 7
     found = adapt(x + y[:, None], y, x + y[:, None], method="source-only", epochs=5, out=tmp_path / "out")
-    assert found.model.classes == (0, 7) and json.loads((tmp_path / "out" / "report.json").read_text())["classes"] == [0, 7]
+    written = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert found.model.classes == (0, 7) and written["classes"] == [0, 7]
     assert set(found.model.predict(x)) <= {0, 7}
 
 
@@ -140,7 +141,8 @@ def test_folders_of_images(tmp_path):
     for path in (tmp_path / "target").iterdir():
         Image.open(path).resize((16, 16), Image.Resampling.NEAREST).convert("RGB").save(tmp_path / "large" / path.name)
     out = tmp_path / "adapted"
-    assert call("adapt", tmp_path / "source", tmp_path / "target", "--method", "source-only", "--epochs", 20, "--out", out) == 0
+    arguments = (tmp_path / "source", tmp_path / "target", "--method", "source-only", "--epochs", 20)
+    assert call("adapt", *arguments, "--out", out) == 0
     assert call("predict", out, tmp_path / "large", "--image-size", 8, "--out", tmp_path / "predictions.csv") == 0
     got, expected = (predictions(path / "predictions.csv") for path in (tmp_path, out))
     assert len({row["label"] for row in expected}) > 1

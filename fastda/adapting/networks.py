@@ -45,11 +45,11 @@ class Scale:
         dims = (0,) if domains[0].dim() == 2 else (0, 2, 3)
         means = [x.mean(dims, keepdim=True, dtype=torch.float64) for x in domains]
         mean = sum(means) / len(means)
-        squares = [
-            sum((chunk.double() - mean).square().sum(dims, keepdim=True) for chunk in x.split(ROWS)) * m.numel() / x.numel()
-            for x, m in zip(domains, means)
-        ]
-        deviation = (sum(squares) / len(squares)).sqrt()
+        variances = []
+        for x in domains:
+            total = sum((chunk.double() - mean).square().sum(dims, keepdim=True) for chunk in x.split(ROWS))
+            variances.append(total * mean.numel() / x.numel())
+        deviation = (sum(variances) / len(variances)).sqrt()
         largest = torch.stack([x.abs().amax(dims, keepdim=True) for x in domains]).amax(0).double()
         return cls(mean[0], torch.where(deviation <= 1e-7 * largest, math.inf, deviation)[0])
 

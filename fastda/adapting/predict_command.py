@@ -96,7 +96,9 @@ class Counts:
             rows.append((str(name), str(count), share, f"{100 * sure / count:.1f}" if count else "–"))
         rows.append(("all", str(total), "100.0", f"{100 * float(self.sure.sum()) / total:.1f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]
+        lines = []
+        for name, *numbers in rows:
+            lines.append("  ".join([name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:]))]))
         if self.labelled:
             found = Accuracy.of_counts(self.right, self.labelled)
             lines.append(

@@ -162,7 +162,8 @@ class Report:
             right = [_accuracy(m.source_accuracy) for m in (before, after)]
             rows.append((f"right on the source, % ({count} held out)", *right))
         if after.distances is not None and before.distances is not None:
-            for name, quantity in (("proxy A-distance", "proxy_a_distance"), ("MMD²", "mmd_squared"), ("CORAL", "coral")):
+            names = {"proxy A-distance": "proxy_a_distance", "MMD²": "mmd_squared", "CORAL": "coral"}
+            for name, quantity in names.items():
                 values = [f"{getattr(m.distances, quantity):.3g}" for m in (before, after)]
                 rows.append((f"distance of the features: {name}", *values))
         return rows

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..shift.samples import as_indices, as_label_list
+from ..training import random_states
 from ..training.distributed import as_device
 from ..version import __version__
 from .choice import check_method, choose
@@ -134,7 +134,8 @@ def run(
     check_method(settings, task, names)
     if settings.device is not None:
         as_device(settings.device)
-    make_network(task.shape, len(task.classes), settings.network)  # fails, if it does, before anything is written
+    with random_states.unchanged():  # a network of the user's fails, if it does, before anything is written
+        make_network(task.shape, len(task.classes), settings.network)
     folder = None
     if out is not None:
         require_safetensors("adapt")
