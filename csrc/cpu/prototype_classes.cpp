@@ -1,5 +1,6 @@
 // Distances of queries to prototypes, the softmax over the classes, and the cross-entropy, which holds no more than a
-// block of the queries × classes matrix: an online softmax forward, the block's distances once more backward.
+// block of the queries × classes matrix: an online softmax forward, the block's distances once more backward, or both at
+// once where the matrix is small enough for a fifth of it to be held.
 #include "../autograd.h"
 #include "../common.h"
 
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_softmax(const Tensor& queries, cons
       const T temperature = t.const_data_ptr<T>()[b];
       T *largest = data<T>(most) + b * n.queries, *log_sum = data<T>(log_sums) + b * n.queries;
       if (n.classes <= few_classes) {
-        for_lanes<T>(n.queries, n.classes, [&](Range some, T* scratch) {
+        for_lanes<T>(n.queries, n.classes, 0, [&](Range some, T* scratch) {
           FASTDA_RUN(softmax_of_queries(rows + some.begin * n.classes, to.empty(), some.size(), n.classes, temperature,
                                         log, scratch, largest + some.begin, log_sum + some.begin));
         });

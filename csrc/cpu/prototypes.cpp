@@ -174,9 +174,16 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
                  data<int64_t>(counts) + b * n.classes);
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       T *weight = data<T>(weights) + b * n.queries * n.classes, *each = data<T>(losses) + b * n.queries;
-      find_distances(from, {0, n.queries}, to, n.metric, weight, n.classes);
-      for_lanes<T>(n.queries, n.classes, [&](Range some, T* scratch) {
-        FASTDA_RUN(losses_of_queries(weight + some.begin * n.classes, to.empty(), some.size(), n.classes, n.metric,
+      const bool products = worth_products(n.queries, n.classes, n.features);
+      const auto centre = products ? centre_for(from, {0, n.queries}, n.metric) : std::vector<T>();
+      for_lanes<T>(n.queries, n.classes, n.features, [&](Range some, T* scratch) {
+        T* distances = weight + some.begin * n.classes;
+        if (products) {
+          PackedQueries<T>(from, some, n.metric, centre).find_distances(to, distances, n.classes);
+        } else {
+          find_distances_one_by_one(from, some, to, n.metric, distances, n.classes);
+        }
+        FASTDA_RUN(losses_of_queries(distances, to.empty(), some.size(), n.classes, n.metric,
                                      t.const_data_ptr<T>()[b], labels + some.begin, scratch, each + some.begin,
                                      data<T>(slopes) + b * n.queries + some.begin));
       });

@@ -194,16 +194,20 @@ inline PanelShape panel_shape_of(float) {
   return shape;
 }
 
-// Queries as blocks of rows for products, less a point near them, and their squared norms.
+// Queries as blocks of rows for products, less a point near them, and their squared norms. What a product rounds depends
+// on that point: queries that are split among threads share one.
 template <typename T>
 class PackedQueries {
  public:
   PackedQueries(const Points<T>& q, Range queries, Metric metric)
+      : PackedQueries(q, queries, metric, centre_for(q, queries, metric)) {}
+
+  PackedQueries(const Points<T>& q, Range queries, Metric metric, const std::vector<T>& centre)
       : q_(q),
         queries_(queries),
         metric_(metric),
         shape_(panel_shape_of(T())),
-        centre_(centre_for(q, queries, metric)),
+        centre_(centre),
         rows_(row_blocks() * shape_.rows * q.depth()),
         norms_(row_blocks() * shape_.rows) {
     at::parallel_for(0, row_blocks(), thread_grain(shape_.rows * q.depth() * 16), [&](int64_t begin, int64_t end) {
@@ -277,13 +281,16 @@ class PackedQueries {
   const Scratch<T> rows_, norms_;
 };
 
-// out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
+// Whether the distances of so many are found by way of products.
+inline bool worth_products(int64_t queries, int64_t classes, int64_t features) {
+  return queries >= 32 && classes >= 16 && features >= 32;
+}
+
+// Distances as find_distances gives them, each from its own differences.
 template <typename T>
-void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
+void find_distances_one_by_one(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out,
+                               int64_t stride) {
   constexpr int64_t classes_at_once = 20, queries_at_once = 32;
-  if (queries.size() >= 32 && p.count() >= 16 && q.features() >= 32) {  // worth products
-    return PackedQueries<T>(q, queries, metric).find_distances(p, out, stride);
-  }
   const auto run = [&](Range some, Range classes) {
     T* to = out + (some.begin - queries.begin) * stride + classes.begin;
     FASTDA_RUN(sum_features_of(metric == Metric::cosine, q.row(some.begin), q.stride(), some.size(),
@@ -303,6 +310,16 @@ void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metri
       run({queries.begin + begin * queries_at_once, std::min(queries.begin + end * queries_at_once, queries.end)},
           {0, p.count()});
     });
+  }
+}
+
+// out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
+template <typename T>
+void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
+  if (worth_products(queries.size(), p.count(), q.features())) {
+    PackedQueries<T>(q, queries, metric).find_distances(p, out, stride);
+  } else {
+    find_distances_one_by_one(q, queries, p, metric, out, stride);
   }
 }
 
@@ -442,28 +459,33 @@ int64_t row_stride(int64_t classes) {
   return (lines + 1 - lines % 2) * line;
 }
 
-// Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed.
+// Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed. Where each
+// is too little for several threads, but both are enough, they are found side by side.
 template <typename T>
 void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, int64_t stride,
                             Metric metric, Put put_queries, T* grad_queries, Put put_prototypes,
                             T* grad_prototypes) {
-  const int64_t classes = p.count();
-  if (grad_queries) {
-    sum_differences(q, queries, p, {0, classes}, {weights, stride, 1}, metric, put_queries,
-                    grad_queries + queries.begin * q.features());
-  }
-  if (grad_prototypes) {
-    sum_differences(p, {0, classes}, q, queries, {weights, 1, stride}, metric, put_prototypes, grad_prototypes);
-  }
+  const int64_t classes = p.count(), work = queries.size() * classes * q.depth();
+  const bool side_by_side = grad_queries && grad_prototypes && work < worth_a_thread && 2 * work >= worth_a_thread;
+  at::parallel_for(0, 2, side_by_side ? 1 : 2, [&](int64_t begin, int64_t end) {
+    if (begin == 0 && grad_queries) {
+      sum_differences(q, queries, p, {0, classes}, {weights, stride, 1}, metric, put_queries,
+                      grad_queries + queries.begin * q.features());
+    }
+    if (end == 2 && grad_prototypes) {
+      sum_differences(p, {0, classes}, q, queries, {weights, 1, stride}, metric, put_prototypes, grad_prototypes);
+    }
+  });
 }
 
 constexpr int64_t few_classes = 256;  // up to which a lane holds one query, and their vectors stay in the first caches
 
 // Runs over queries, as many as there are lanes or some times more, on all threads, with scratch for two vectors a class.
+// Each distance takes so many operations, beside those of the softmax.
 template <typename T, typename F>
-void for_lanes(int64_t queries, int64_t classes, const F& each) {
-  constexpr int64_t lanes = vector_bytes / sizeof(T), operations = 32;  // for each distance
-  at::parallel_for(0, blocks(queries, lanes), thread_grain(lanes * classes * operations),
+void for_lanes(int64_t queries, int64_t classes, int64_t operations, const F& each) {
+  constexpr int64_t lanes = vector_bytes / sizeof(T), of_softmax = 32;
+  at::parallel_for(0, blocks(queries, lanes), thread_grain(lanes * classes * (operations + of_softmax)),
                    [&](int64_t begin, int64_t end) {
                      const Scratch<T> scratch(2 * classes * lanes);
                      each(Range{begin * lanes, std::min(end * lanes, queries)}, scratch.data());
