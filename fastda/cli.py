@@ -36,7 +36,7 @@ COMMANDS = {
     "adapt": Command(
         module="fastda.adapting.command",
         summary="adapt a classifier from labelled data of your own to data without labels, or with some",
-        example="fastda adapt source.npz target.npz --out adapted",
+        example="fastda demo --write-data shift && fastda adapt shift/source.npz shift/target.npz --out adapted",
         extra="adapt",
     ),
     "bench": Command(
@@ -69,7 +69,7 @@ COMMANDS = {
     "predict": Command(
         module="fastda.adapting.predict_command",
         summary="classify samples with a model that fastda adapt wrote",
-        example="fastda predict adapted target.npz --out predictions.csv",
+        example="fastda predict adapted shift/target_test.npz --out predictions.csv  # after the example of fastda adapt",
         extra="adapt",
     ),
     "sinusoid": Command(
