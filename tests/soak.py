@@ -1,17 +1,20 @@
-"""`python tests/soak.py`: ten thousand random examples an op, one op after the other, and a record of how that went.
+"""`python tests/soak.py`: ten thousand random examples an op, and a record of how that went.
 
 Each op's property test (values and gradients against the reference, over sizes, dtypes, layouts and options) runs in a
-process of its own with the hypothesis profile `soak`; the record is written after each of them.
+process of its own with the hypothesis profile `soak`. After each of them the record of this machine is written, as JSON
+and as a table; it keeps the rows of ops that are not run this time.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from time import perf_counter
 
@@ -19,6 +22,7 @@ import torch
 
 import fastda.reference
 from fastda.benchmarks import machine
+from fastda.benchmarks.record import git_revision
 from fastda.files import write_atomically
 from fastda.progress import progress_bar
 
@@ -26,19 +30,64 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST = "tests/test_contract.py::test_values_and_gradients_over_sizes_dtypes_and_layouts"
 
 
-def soak(op: str, profile: str) -> tuple[str, str, float]:
-    """How many examples passed, how many failed (the last line of the failure with them), and the seconds it took."""
+def soak(op: str, profile: str, revision: str) -> dict[str, object]:
+    """How many examples passed and failed, the first failure's message, and the seconds it took."""
     start = perf_counter()
-    words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--hypothesis-show-statistics", f"{TEST}[{op}]"]
-    environment = {"HYPOTHESIS_PROFILE": profile}
+    words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--hypothesis-show-statistics"]
+    words += ["-p", "no:cacheprovider", f"{TEST}[{op}]"]
+    environment = {"HYPOTHESIS_PROFILE": profile, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     counts = re.findall(r"(\d+) passing(?: examples)?, (\d+) failing", done.stdout)
     passed, failed = (sum(int(pair[i]) for pair in counts) for i in range(2))
     reason = ""
     if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if line.startswith("E ")]
-        reason = f": {lines[0][2:].strip() if lines else f'exit code {done.returncode}'}"
-    return str(passed), f"{failed}{reason}", perf_counter() - start
+        said = done.stdout + done.stderr
+        lines = [line[2:].strip() for line in said.splitlines() if line.startswith("E ")]
+        reason = lines[0] if lines else f"exit code {done.returncode}: {said[-200:]}"
+        example = re.search(r"^.*Draw 1: .*$", said, re.MULTILINE)
+        reason += f" for {example.group().strip(' |E')}" if example else ""
+    return {
+        "op": op,
+        "profile": profile,
+        "passed": passed,
+        "failed": failed,
+        "reason": reason,
+        "seconds": perf_counter() - start,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision,
+        "torch": torch.__version__,
+    }
+
+
+def table(record: dict) -> str:
+    lines = [
+        "# Random examples an op\n",
+        f"{record['processor']}: values and gradients of each op against its reference, over sizes (0, 1, primes, blocks "
+        "± 1), batches, dtypes, layouts, label distributions and options that hypothesis draws; at most twice the "
+        "reference's own error plus 4·eps of the true value. Gradients of every input, for random "
+        "incoming gradients. `python tests/soak.py` adds to it.\n",
+        "| op | examples | failures | seconds | date | PyTorch | revision |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["ops"]:
+        failures = f"{row['failed']}" + f": {row['reason']}" * bool(row["reason"])
+        lines.append(
+            f"| `{row['op']}` | {row['passed'] + row['failed']} | {failures.replace('|', '&#124;')} | "
+            f"{row['seconds']:.0f} | {row['date'][:10]} | {row['torch']} | {row['revision']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def add(row: dict[str, object], stem: Path) -> None:
+    """Write the row in the place of the op's last one, in the order of the public names."""
+    path = Path(f"{stem}.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["ops"] if path.exists() else []
+    by_op = {old["op"]: old for old in rows} | {row["op"]: row}
+    rows = [by_op[op] for op in fastda.reference.__all__ if op in by_op]
+    record = {"machine": machine.name("cpu"), "processor": machine.processor(), "ops": rows}
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    for suffix, content in ((".json", text), (".md", table(record))):
+        write_atomically(Path(f"{stem}{suffix}"), lambda file, content=content: file.write(content.encode()))
 
 
 def main() -> int:
@@ -46,28 +95,23 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/trust", help="folder of the record")
     parser.add_argument("--ops", nargs="+", default=list(fastda.reference.__all__), choices=fastda.reference.__all__)
     parser.add_argument("--profile", default="soak", choices=("dev", "soak"), help="dev: few examples, to try it out")
+    parser.add_argument("--jobs", type=int, default=1, help="ops at a time, each on one core")
     options = parser.parse_args()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    path = options.output / f"soak-{machine.name('cpu')}-{date}.md"
+    if options.jobs < 1:
+        parser.error(f"jobs: expected at least 1, got {options.jobs}; give the number of ops to run at a time")
+    stem = options.output / f"soak-{machine.name('cpu')}"
     options.output.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"# Random examples an op, {date}\n",
-        f"{machine.processor()}, PyTorch {torch.__version__}, hypothesis profile `{options.profile}`: "
-        "values and gradients against the reference.\n",
-        "| op | examples passed | failed | seconds |",
-        "| --- | --- | --- | --- |",
-    ]
-    all_passed = True
-    with progress_bar(None, total=len(options.ops), unit="op") as bar:
-        for op in options.ops:
-            passed, failed, seconds = soak(op, options.profile)
-            all_passed &= failed == "0" and passed != "0"
-            lines.append(f"| `{op}` | {passed} | {failed.replace('|', '&#124;')} | {seconds:.0f} |")
-            text = "\n".join(lines) + "\n"
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+    git = git_revision()
+    revision = git["revision"][:12] + " with changes" * git["changed"] if git else "unknown"
+    good = True
+    with ThreadPoolExecutor(options.jobs) as pool, progress_bar(None, total=len(options.ops), unit="op") as bar:
+        for done in as_completed([pool.submit(soak, op, options.profile, revision) for op in options.ops]):
+            row = done.result()
+            good &= row["failed"] == 0 and row["passed"] > 0 and not row["reason"]
+            add(row, stem)
             bar.update()
-    print(path.read_text(encoding="utf-8"))
-    return 0 if all_passed else 1
+    print(Path(f"{stem}.md").read_text(encoding="utf-8"))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The error of the reference is the largest over all elements, at the input and at the same input scaled by a few factors,
 because one evaluation can be exact by luck. A result may be wrong by twice that, plus 4·eps of its own true value.
 Nothing here is more exact than float64, so the error of the reference in float64 is taken to be its error in float32
-times the ratio of their precisions.
+times the ratio of their precisions. What stands for the truth there is wrong too, by as much as that and 4·eps (a
+measured error can be 0, where results do not depend on the input): a result may be three times and 8·eps away from it.
 """
 
 from __future__ import annotations
@@ -68,13 +69,17 @@ def results(
 
 
 def assert_close_to_truth(name: str, got: Tensor, reference: Tensor, truth: Tensor, error: float) -> None:
-    """`got` errs by at most 2·error + 4·eps·|truth|, and is not finite in the places and ways that the reference is."""
+    """`got` errs by at most 2·error + 4·eps·|truth|, and is not finite in the places and ways that the reference is.
+
+    In float64 the truth is the reference's own result, which may err by error + 4·eps·|truth|.
+    """
     assert got.dtype == reference.dtype, f"{name}: {got.dtype}, the reference has {reference.dtype}"
     assert got.shape == reference.shape, f"{name}: {tuple(got.shape)}, the reference has {tuple(reference.shape)}"
     precision = torch.finfo(got.dtype)
+    times, floor = (3, 8) if got.dtype == torch.float64 else (2, 4)
     got, reference, truth = got.double(), reference.double(), truth.double()
     same = (got == reference) | (got.isnan() & reference.isnan())
-    allowed = 2 * error + 4 * precision.eps * truth.abs() + 2 * precision.eps * precision.tiny
+    allowed = times * error + floor * precision.eps * truth.abs() + 2 * precision.eps * precision.tiny
     close = (got - truth).abs() <= allowed
     good = torch.where(truth.isfinite(), close | (same & ~reference.isfinite()), same)
     if not good.all():
@@ -116,22 +121,23 @@ def assert_as_accurate_as_reference(
     true = in_float64(reference, arguments, expected, **options)
     errors = dict.fromkeys(expected, 0.0)
     draws = 24 if sum(x.numel() for x in expected.values()) <= FEW_ELEMENTS else 8
-    for draw in range(draws + 1):
-        if draw > 0:  # more of them only allow more, so they end when all is good
-            scale = 1 - (draw - 1) / 512  # near 1, for the same conditioning; not above, so that nothing overflows
+    for draw in range(draws):
+        found, truths = expected, true
+        if draw > 0 or any(is_floating(x) and x.dtype == torch.float64 for x in arguments.values()):
+            scale = 1 - draw / 512  # near 1, for the same conditioning; not above, so that nothing overflows
             scaled = map_floating(arguments, lambda name, x: single(x if name in constant else x * scale))
             found = results(reference, scaled, **options)
             truths = in_float64(reference, scaled, found, **options)
-            for name, truth in truths.items():
-                error = (found[name].double() - truth).abs().nan_to_num(0.0, 0.0)
-                relative = torch.finfo(expected[name].dtype).eps / torch.finfo(found[name].dtype).eps
-                errors[name] = max(errors[name], relative * error.max().item() if error.numel() else 0.0)
+        for name, truth in truths.items():
+            error = (found[name].double() - truth).abs().nan_to_num(0.0, 0.0)
+            relative = torch.finfo(expected[name].dtype).eps / torch.finfo(found[name].dtype).eps
+            errors[name] = max(errors[name], relative * error.max().item() if error.numel() else 0.0)
         try:
             for name, truth in true.items():
                 assert_close_to_truth(name, got[name], expected[name], truth, errors[name])
-            return
+            return  # further draws allow more, never less
         except AssertionError:
-            if draw == draws:
+            if draw == draws - 1:
                 raise
 
 
