@@ -520,8 +520,14 @@ def test_fastda_bench_prints_the_short_table_and_writes_nothing(monkeypatch, tmp
     monkeypatch.setattr(command, "short", lambda device: [TINY])
     assert cli.main(["bench", "--device", "cpu", "--budget", "0.01", "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"| {TINY.name} | " in out and "| against best |" in out
+    assert f"\n{TINY.name}  " in out and "  against best\n" in out and out.endswith(f"{command.LEGEND}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_for_a_terminal():
+    assert tables.aligned("| case | ratio |\n| --- | --- |\n| coral 32×256 | 5.79× |\n| fork | 12× |") == (
+        "case          ratio\n────────────  ─────\ncoral 32×256  5.79×\nfork            12×"
+    )
 
 
 def test_the_short_cases_of_fastda_bench_exist():

@@ -26,6 +26,10 @@ SHORT = (
     "domain-adversarial loss 64+64",
 )
 BUDGET = 0.5  # seconds of timing a case
+LEGEND = (
+    "Above 1×: fastda is faster. Plain PyTorch: fastda.reference. Best other: the fastest of that, PyTorch written by\n"
+    "hand with care (“careful”), and pytorch-adapt, easyfsl and learn2learn where they are installed."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             save=lambda record: bar.update(),
             eager_only=True,
         )
-    print(tables.heading(record), tables.short_table(record), sep="\n\n")
+    print(tables.heading(record), tables.aligned(tables.short_table(record)), LEGEND, sep="\n\n")
     refused = [
         f"{row['name']}: {name} has no time: {side['reason']}"
         for row in record["cases"]

@@ -15,6 +15,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def aligned(table: str) -> str:
+    """A table of this module for a terminal: columns as wide as their widest cell, numbers at the right."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    head, _, *body = rows
+    widths = [max(map(len, column)) for column in zip(head, *body)]
+    lines = [head, ["─" * width for width in widths], *body]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+        for line in lines
+    )
+
+
 def duration(seconds: float) -> str:
     """Three digits, in µs or ms."""
     value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms")
