@@ -22,15 +22,24 @@ import torch
 
 import fastda.reference
 from fastda.benchmarks import machine
-from fastda.benchmarks.record import git_revision
 from fastda.files import write_atomically
 from fastda.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTED = ("csrc", "fastda/kernels", "fastda/ops", "fastda/reference")
 TEST = "tests/test_contract.py::test_values_and_gradients_over_sizes_dtypes_and_layouts"
 
 
-def soak(op: str, profile: str, revision: str) -> dict[str, object]:
+def revision() -> str:
+    """The last commit that changed what is tested."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words, "--", *TESTED], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    return git("log", "-1", "--format=%h", "--abbrev=12").strip() + " with changes" * bool(git("status", "--porcelain"))
+
+
+def soak(op: str, profile: str, of: str) -> dict[str, object]:
     """How many examples passed and failed, the first failure's message, and the seconds it took."""
     start = perf_counter()
     words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--hypothesis-show-statistics"]
@@ -54,7 +63,7 @@ def soak(op: str, profile: str, revision: str) -> dict[str, object]:
         "reason": reason,
         "seconds": perf_counter() - start,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "revision": revision,
+        "revision": of,
         "torch": torch.__version__,
     }
 
@@ -101,11 +110,10 @@ def main() -> int:
         parser.error(f"jobs: expected at least 1, got {options.jobs}; give the number of ops to run at a time")
     stem = options.output / f"soak-{machine.name('cpu')}"
     options.output.mkdir(parents=True, exist_ok=True)
-    git = git_revision()
-    revision = git["revision"][:12] + " with changes" * git["changed"] if git else "unknown"
+    of = revision()
     good = True
     with ThreadPoolExecutor(options.jobs) as pool, progress_bar(None, total=len(options.ops), unit="op") as bar:
-        for done in as_completed([pool.submit(soak, op, options.profile, revision) for op in options.ops]):
+        for done in as_completed([pool.submit(soak, op, options.profile, of) for op in options.ops]):
             row = done.result()
             good &= row["failed"] == 0 and row["passed"] > 0 and not row["reason"]
             add(row, stem)
