@@ -177,8 +177,8 @@ struct Gradient : FusedNode {
   std::vector<Tensor> gradients;  // from the forward pass, where it took them
 
  private:
-  // The gradients that the forward pass took, times the incoming one; nothing where there are none. They are handed over,
-  // scaled in place, unless the graph is kept for another time.
+  // The gradients that the forward pass took, times the incoming one; nothing where there are none. They are handed
+  // over, scaled in place, unless the graph is kept for another time.
   variable_list take_gradients(const Tensor& incoming, const std::vector<Tensor>& inputs) {
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     std::vector<Tensor> taken;
@@ -320,7 +320,8 @@ void set_second_order(SecondOrder function) { second_order() = std::move(functio
 
 void differentiable(torch::Library& m, const std::string& name, ForwardWithGradients with_gradients) {
   const auto lookup = std::make_shared<Lookup>(name);
-  m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<ForwardKernel>(lookup, with_gradients)));
+  auto forward = std::make_unique<ForwardKernel>(lookup, with_gradients);
+  m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(forward)));
   m.impl((name + "_backward").c_str(),
          torch::CppFunction::makeFromBoxedFunctor(std::make_unique<BackwardKernel>(lookup)));
 }

@@ -1,9 +1,9 @@
 // Derivatives of the fused ops, of any order, under autograd, torch.func and torch.compile alike.
 //
-// An op `name(tensors..., constants...) -> (values..., saved...)` and its
-// `name_backward(grad_x, ..., tensors..., saved..., constants..., bool need_a, ...) -> (grad_a, ...)`, with one `grad_` for
-// each value and one `need_` for each differentiable tensor (these come first), get kernels for PyTorch's Autograd key: the
-// first derivative is the backward op; the derivative of that is the formula's, which Python differentiates.
+// An op `name(tensors..., constants...) -> (values..., saved...)` and its `name_backward(grad_x, ..., tensors...,
+// saved..., constants..., bool need_a, ...) -> (grad_a, ...)`, with one `grad_` for each value and one `need_` for
+// each differentiable tensor (these come first), get kernels for PyTorch's Autograd key: the first derivative is the
+// backward op; the derivative of that is the formula's, which Python differentiates.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,8 @@
 
 namespace fastda {
 
-// second_order(op, gradients of the backward op's results (undefined where none came), grads and tensors, constants, needs)
+// second_order(op, gradients of the backward op's results (undefined where none came), grads and tensors, constants,
+// needs)
 //   -> the gradients of the grads and of the differentiable tensors
 using SecondOrder = std::function<std::vector<at::Tensor>(
     const std::string& op, const std::vector<at::Tensor>& incoming, const std::vector<at::Tensor>& operands,

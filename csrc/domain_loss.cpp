@@ -22,7 +22,8 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// Weights for their logits, or a tensor that stands for none, whose shape is another; nothing where Python has to raise.
+// Weights for their logits, or a tensor that stands for none, whose shape is another; nothing where Python has to
+// raise.
 std::optional<Tensor> plain_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
   static const auto& none = *new std::array<Tensor, 2>{at::empty({0}), at::empty({0, 0})};  // outlives the interpreter
   if (!weight) return none[logits.dim() == 1];

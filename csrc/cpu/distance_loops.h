@@ -171,14 +171,18 @@ FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_s
     for (int r = 0; r < rows; ++r) {
       const T weight = w[r][k * w_step];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * (form == Sum::differences ? at[r][v] - right[v] : right[v]);
+      for (int v = 0; v < vectors; ++v) {
+        sum[r][v] += weight * (form == Sum::differences ? at[r][v] - right[v] : right[v]);
+      }
     }
   }
   if (form != Sum::shared_differences) return;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(x[r] + v * G::lanes) - centre[v]) * static_cast<T>(totals[r]);
+    for (int v = 0; v < vectors; ++v) {
+      sum[r][v] += (G::load(x[r] + v * G::lanes) - centre[v]) * static_cast<T>(totals[r]);
+    }
   }
 }
 
@@ -209,9 +213,9 @@ void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, 
 
 constexpr int64_t most_summed_rows = 128;
 
-// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for up to most_summed_rows rows x and the columns begin to end, or added to it.
-// w of row r and sample k: w[r · w_row + k · w_step]. c is near the samples. Columns from `width` on are filling, and
-// not written.
+// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for up to most_summed_rows rows x and the columns begin to end, or added to
+// it. w of row r and sample k: w[r · w_row + k · w_step]. c is near the samples. Columns from `width` on are filling,
+// and not written.
 template <typename T, Sum form, int rows, int vectors>
 void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
                     const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
@@ -293,8 +297,8 @@ void sum_samples_of(Sum form, const T* x, int64_t x_stride, int64_t count, const
 #endif
 }
 
-// Many rows and many columns: products of what is packed, of points less one near them all. What is subtracted is no part
-// of a distance, but is what cancels in ‖q‖² − 2q·p + ‖p‖².
+// Many rows and many columns: products of what is packed, of points less one near them all. What is subtracted is no
+// part of a distance, but is what cancels in ‖q‖² − 2q·p + ‖p‖².
 
 // Rows are packed in blocks as wide as a vector, columns in panels of a few vectors: element (k, j) of a block or panel
 // lies at packed[k * width + j].
@@ -354,8 +358,9 @@ FASTDA_INLINE void turn(Vector* x, std::index_sequence<lane...> all) {
   }
 }
 
-// Rows of x side by side, as a panel that is `width` wide: less the centre, where there is one, and their squared norms,
-// where they are asked for. Rows are read, and packed, in whole vectors; what the panel holds beyond `count` rows is 0.
+// Rows of x side by side, as a panel that is `width` wide: less the centre, where there is one, and their squared
+// norms, where they are asked for. Rows are read, and packed, in whole vectors; what the panel holds beyond `count`
+// rows is 0.
 template <typename T>
 void pack_across(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
                  T* norms) {
@@ -531,8 +536,8 @@ void distances_from_products(Metric metric, const T* products, int64_t products_
 }
 
 template <typename T, int vectors>
-void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples, const T* x,
-                   int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
+void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples,
+                   const T* x, int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
                    int64_t out_stride) {
   using G = Grid<T>;
   constexpr int64_t rows = Panel<T>::rows;
@@ -563,9 +568,9 @@ void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, con
   }
 }
 
-// Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with blocks of weights, `between` apart, and a panel of samples
-// y − c, no wider than it needs; for the cosine Σ_k w_k y_k, where c is 0. Where totals, the Σ_k w_k, are null, the first
-// part is left out.
+// Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with blocks of weights, `between` apart, and a panel of
+// samples y − c, no wider than it needs; for the cosine Σ_k w_k y_k, where c is 0. Where totals, the Σ_k w_k, are
+// null, the first part is left out.
 template <typename T>
 void weigh_panel(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples, const T* x,
                  int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,

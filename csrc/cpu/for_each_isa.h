@@ -1,10 +1,11 @@
-// Compiles the file that FASTDA_LOOPS names once for each instruction set, in a namespace of its own, so that one binary
-// runs on any processor and still uses the vectors of this one. FASTDA_RUN(function<T>(...)) calls the version for it.
+// Compiles the file that FASTDA_LOOPS names once for each instruction set, in a namespace of its own, so that one
+// binary runs on any processor and still uses the vectors of this one. FASTDA_RUN(function<T>(...)) calls the version
+// for it.
 //
 // A loops file holds plain loops on raw pointers and includes nothing but other loops files: code from headers that is
-// compiled for a newer instruction set could be the copy that the linker keeps for everybody. "omp simd reduction" lets the
-// compiler reorder that one sum, without -ffast-math, which would break NaN and Inf. FASTDA_VECTOR_BYTES is the width of a
-// vector.
+// compiled for a newer instruction set could be the copy that the linker keeps for everybody. "omp simd reduction"
+// lets the compiler reorder that one sum, without -ffast-math, which would break NaN and Inf. FASTDA_VECTOR_BYTES is
+// the width of a vector.
 #pragma once
 
 #include <ATen/Version.h>

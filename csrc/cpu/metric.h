@@ -11,8 +11,8 @@ enum class Metric { sqeuclidean, euclidean, cosine };
 // What a gradient adds up: w (x − y), each difference on its own or in two parts, or w y.
 enum class Sum { differences, shared_differences, products };
 
-// What is packed for products: blocks of rows that are `rows` wide and panels of columns that are `columns` wide, of which
-// `depth` stays in the first cache.
+// What is packed for products: blocks of rows that are `rows` wide and panels of columns that are `columns` wide, of
+// which `depth` stays in the first cache.
 struct PanelShape {
   int64_t rows, columns, depth;
 };

@@ -1,6 +1,6 @@
 // Distances of queries to prototypes, the softmax over the classes, and the cross-entropy, which holds no more than a
-// block of the queries × classes matrix: an online softmax forward, the block's distances once more backward, or both at
-// once where the matrix is small enough for a fifth of it to be held.
+// block of the queries × classes matrix: an online softmax forward, the block's distances once more backward, or both
+// at once where the matrix is small enough for a fifth of it to be held.
 #include "../autograd.h"
 #include "../common.h"
 
@@ -312,8 +312,8 @@ class QueryLosses {
 
   T reduced() const { return static_cast<T>(options_.mean ? total_ / static_cast<double>(kept_) : total_); }
 
-  // Distances become weights, by ∂L/∂loss of each query, one for all where the step is 0; adds ∂L/∂T to the slopes, where
-  // they are not null.
+  // Distances become weights, by ∂L/∂loss of each query, one for all where the step is 0; adds ∂L/∂T to the slopes,
+  // where they are not null.
   void weigh(Range some, Range classes, const uint8_t* empty, int64_t present, const T* of_losses, int64_t step,
              T* distances, int64_t stride, T* slopes) const {
     const T share = this->share(), on_target = static_cast<T>(1 - options_.smoothing);
@@ -456,8 +456,8 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
           gradient_like(of_temperature, temperature, need_temperature)};
 }
 
-// How many queries' distances to all classes are held until the gradients have been taken from them: a fifth of all, or as
-// many as take little. 0 where that is too much, or so little that products are not the way to the gradients.
+// How many queries' distances to all classes are held until the gradients have been taken from them: a fifth of all,
+// or as many as take little. 0 where that is too much, or so little that products are not the way to the gradients.
 int64_t queries_held(const Sizes& n) {
   constexpr int64_t parts = 5, rows = 8, few = 64, little = 1 << 19, most = 1 << 22;  // the last two in distances
   if (std::min({n.queries, n.classes, n.features}) < worth_packing) return 0;
@@ -530,17 +530,17 @@ std::optional<WithGradients> prototype_cross_entropy_with_gradients(const c10::I
           const T* weights = block.data() + classes.begin;
           const Range its{0, classes.size()};
           if (needs[0]) {
-            sum_packed(from, some, to, its, {weights, stride, 1},
-                       {near_classes.data(), classes.end == n.classes ? of_queries.data() : nullptr, classes.begin > 0}, n.metric,
-                       grad_queries + some.begin * n.features);
+            const double* totals = classes.end == n.classes ? of_queries.data() : nullptr;
+            sum_packed(from, some, to, its, {weights, stride, 1}, {near_classes.data(), totals, classes.begin > 0},
+                       n.metric, grad_queries + some.begin * n.features);
           }
           if (!needs[1]) return;
+          const bool last = some.end == n.queries;
+          const double* totals = last ? of_prototypes.data() + classes.begin : nullptr;
           T* of_block = grad_prototypes + classes.begin * n.features;
-          sum_packed(to, its, from, some, {weights, 1, stride},
-                     {near_queries.data(), some.end == n.queries ? of_prototypes.data() + classes.begin : nullptr,
-                      some.begin > 0},
-                     n.metric, of_block);
-          if (some.end == n.queries) finish_prototypes(to, of_block);
+          sum_packed(to, its, from, some, {weights, 1, stride}, {near_queries.data(), totals, some.begin > 0}, n.metric,
+                     of_block);
+          if (last) finish_prototypes(to, of_block);
         });
       });
       if (needs[0]) from.through_directions(0, n.queries, grad_queries);

@@ -194,8 +194,8 @@ inline PanelShape panel_shape_of(float) {
   return shape;
 }
 
-// Queries as blocks of rows for products, less a point near them, and their squared norms. What a product rounds depends
-// on that point: queries that are split among threads share one.
+// Queries as blocks of rows for products, less a point near them, and their squared norms. What a product rounds
+// depends on that point: queries that are split among threads share one.
 template <typename T>
 class PackedQueries {
  public:
@@ -333,8 +333,8 @@ struct Weights {
 constexpr int64_t worth_packing = 40;  // rows, samples and features, each
 constexpr int64_t rows_at_once = 120;  // of a sum over samples, at most most_summed_rows
 
-// A sum over samples, which may come in parts: c near all samples, and whether this part is added to others. The last one
-// has the totals, Σ_k w_k of each row over all parts; they are null in the others.
+// A sum over samples, which may come in parts: c near all samples, and whether this part is added to others. The last
+// one has the totals, Σ_k w_k of each row over all parts; they are null in the others.
 template <typename T>
 struct PackedSums {
   const T* centre;
@@ -360,7 +360,8 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t d = columns.begin + panel * shape.columns;
       const int64_t width = blocks(std::min(shape.columns, columns.end - d), shape.rows) * shape.rows;
-      FASTDA_RUN(pack_below(y.row(k) + d, y.stride(), some, sums.centre + d, width, packed.data() + panel * panel_size));
+      FASTDA_RUN(
+          pack_below(y.row(k) + d, y.stride(), some, sums.centre + d, width, packed.data() + panel * panel_size));
     }
     for (int64_t i = 0; i < rows.size(); i += some_rows) {
       const int64_t count = std::min(some_rows, rows.size() - i);
@@ -432,10 +433,10 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
   at::parallel_for(0, row_blocks * column_blocks, thread_grain(work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % row_blocks * most_rows, column = i / row_blocks * most_columns;
-      FASTDA_RUN(sum_samples_of(
-          form, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row), w.data + row * w.row, w.row,
-          w.step, centre, y.row(samples.begin), y.stride(), count, column, std::min(column + most_columns, x.depth()),
-          x.features(), put, out + row * x.features(), x.features()));
+      FASTDA_RUN(sum_samples_of(form, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row),
+                                w.data + row * w.row, w.row, w.step, centre, y.row(samples.begin), y.stride(), count,
+                                column, std::min(column + most_columns, x.depth()), x.features(), put,
+                                out + row * x.features(), x.features()));
     }
   });
 }
@@ -459,8 +460,8 @@ int64_t row_stride(int64_t classes) {
   return (lines + 1 - lines % 2) * line;
 }
 
-// Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed. Where each
-// is too little for several threads, but both are enough, they are found side by side.
+// Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed. Where
+// each is too little for several threads, but both are enough, they are found side by side.
 template <typename T>
 void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, int64_t stride,
                             Metric metric, Put put_queries, T* grad_queries, Put put_prototypes,
@@ -480,8 +481,8 @@ void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& 
 
 constexpr int64_t few_classes = 256;  // up to which a lane holds one query, and their vectors stay in the first caches
 
-// Runs over queries, as many as there are lanes or some times more, on all threads, with scratch for two vectors a class.
-// Each distance takes so many operations, beside those of the softmax.
+// Runs over queries, as many as there are lanes or some times more, on all threads, with scratch for two vectors a
+// class. Each distance takes so many operations, beside those of the softmax.
 template <typename T, typename F>
 void for_lanes(int64_t queries, int64_t classes, int64_t operations, const F& each) {
   constexpr int64_t lanes = vector_bytes / sizeof(T), of_softmax = 32;
