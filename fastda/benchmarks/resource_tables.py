@@ -12,8 +12,10 @@ def markdown(record: dict) -> str:
         f"Compiled by Triton {record['triton']} without a GPU, at the block sizes that the cases choose; float32 products "
         f"at precision “{record['precision']}”. Registers and spilled bytes are those of a thread, shared bytes of a block.",
     ]
+    if record["cases"]:
+        parts.append(f"Of the cases that have one of these in their names: {', '.join(record['cases'])}.")
     if not record["complete"]:
-        parts.append("**Cut short: not all cases are here.**")
+        parts.append("**Cut short: more kernels or targets belong here.**")
     parts.append(_table(_SUMMARY, [_summary(target, rows) for target in targets]))
     for target in targets:
         parts += [f"## {target}", _table(_DETAILS, [_details(row) for row in rows if row["target"] == target])]

@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..files import write_atomically
 from ..kernels.tiles import on_amd
 from ..kernels.triton import coral, covariance, nearest_prototype, problem, prototype_classes, prototypes
 from ..kernels.triton.problem import accumulator
@@ -278,18 +279,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision(options.precision)
     chosen = different_launches(options.cases)
-    record = {"triton": triton.__version__, "precision": options.precision, "complete": False, "kernels": []}
-    for target in options.targets:
-        for name, launch in chosen:
-            row = {"case": name, "kernel": launch.name, "programs": launch.programs, **launch.options}
-            row["constants"] = {part: launch.constants[part] for part in TOLD if part in launch.constants}
-            row |= dataclasses.asdict(launch.resources(target))
-            record["kernels"].append(row)
-            print(_line(row), flush=True)
-        record["complete"] = target == options.targets[-1]
+    record = {"triton": triton.__version__, "precision": options.precision, "cases": options.cases}
+    record |= {"complete": False, "kernels": []}
+    steps = [(target, name, launch) for target in options.targets for name, launch in chosen]
+    for target, name, launch in steps:
+        row = {"case": name, "kernel": launch.name, "programs": launch.programs, **launch.options}
+        row["constants"] = {part: launch.constants[part] for part in TOLD if part in launch.constants}
+        row |= dataclasses.asdict(launch.resources(target))
+        record["kernels"].append(row)
+        print(_line(row), flush=True)
+        record["complete"] = len(record["kernels"]) == len(steps)
         if options.output:
             write(record, options.output)
-            options.output.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+            table = markdown(record).encode()
+            write_atomically(options.output.with_suffix(".md"), lambda file: file.write(table))
     return 1 if any(row["spills"] for row in record["kernels"]) else 0
 
 

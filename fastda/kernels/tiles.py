@@ -156,13 +156,15 @@ WEIGHTS = {True: 7 * 2**20, False: 2**22}
 
 
 def class_tile(half: bool, dtype: torch.dtype, metric: str, careful: bool) -> Blocks:
-    """Queries (rows) against classes (columns). Weights of a square root take registers, and so does a `careful` tile,
-    with distances by difference."""
+    """Queries (rows) against classes (columns). Weights of a square root take registers, and so do vectors scaled to
+    length 1, and a `careful` tile, with distances by difference."""
     if half:
         return Blocks(128, 64 if metric == "euclidean" else 128, 64, 8, 3)
     if dtype == torch.float64:
         return Blocks(32, 32, 16, 4, 2)
-    return Blocks(64, 64, 16, 4, 2) if metric == "sqeuclidean" and not careful else Blocks(64, 64, 32, 8, 2)
+    if careful:
+        return Blocks(64, 64, 16, 8, 2)
+    return Blocks(64, 64, 16, 8 if metric == "cosine" else 4, 2, registers=224)
 
 
 def pull(half: bool, dtype: torch.dtype, metric: str) -> tuple[Blocks, int]:
