@@ -5,6 +5,7 @@ None of this was tuned on a GPU: the figures follow from registers, shared memor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -131,7 +132,7 @@ def directions() -> Blocks:
 def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries of a program (rows) against all classes (columns), over so many features at a time."""
     classes = power_of_two(num_classes)
-    return Blocks(16, classes, classes_depth(classes, dtype), 8 if classes > 64 else 4, 1 if classes > 32 else 2)
+    return Blocks(16, classes, classes_depth(classes, dtype), 8 if classes > 32 else 4, 1 if classes > 32 else 2)
 
 
 def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
@@ -162,9 +163,15 @@ def class_tile(half: bool, dtype: torch.dtype, metric: str, careful: bool) -> Bl
         return Blocks(128, 64 if metric == "euclidean" else 128, 64, 8, 3)
     if dtype == torch.float64:
         return Blocks(32, 32, 16, 4, 2)
-    if careful:
-        return Blocks(64, 64, 16, 8, 2)
-    return Blocks(64, 64, 16, 8 if metric == "cosine" else 4, 2, registers=224)
+    if metric == "cosine":
+        return Blocks(64, 64, 16, 8, 2, registers=224)
+    return Blocks(64, 64, 16, 8 if careful else 4, 2)
+
+
+def swept(blocks: Blocks) -> Blocks:
+    """The same for a softmax over all classes, whose sums take more registers than four warps get."""
+    more = {"num_warps": 8, "registers": 240} if (blocks.rows, blocks.num_warps) == (64, 4) else {}
+    return dataclasses.replace(blocks, **more)
 
 
 def pull(half: bool, dtype: torch.dtype, metric: str) -> tuple[Blocks, int]:

@@ -141,7 +141,7 @@ def prototype_cross_entropy(
     check_labels("targets", targets, queries.shape[:-1])
     points = prepare(queries, prototypes, metric, logits=True)
     batch, num_queries, num_classes, num_features = points.sizes
-    blocks, targets = points.blocks, flatten(targets, 1).contiguous()
+    blocks, targets = tiles.swept(points.blocks), flatten(targets, 1).contiguous()
     query_blocks, class_tiles = ceil_div(num_queries, blocks.rows), max(1, ceil_div(num_classes, blocks.columns))
     splits = tiles.class_splits(batch * query_blocks, class_tiles, queries.device)
     chunk = ceil_div(class_tiles, splits) * blocks.columns
@@ -162,7 +162,7 @@ def prototype_cross_entropy(
         splits,
         splits * batch * num_queries,
         SMOOTHED=label_smoothing != 0,
-        **points.constants,
+        **points.constants | blocks.options,
     )
     losses, largest, log_sum = (points.of_queries.new_empty(batch, num_queries) for _ in range(3))
     present = num_classes - (points.of_classes < 0).sum(-1)
