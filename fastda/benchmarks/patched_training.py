@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..files import write_atomically
+from ..kernels.cpp import status
 from ..patching import patch
 from ..progress import progress_bar
 from . import machine
@@ -187,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("bench/results/patch"), help="folder of record and table")
     parser.add_argument("--steps", type=int, default=100, help="of each script, each side, each of two rounds")
     options = parser.parse_args(arguments)
+    if not status.available:
+        print(f"the patches would not be measured: the compiled core is {status.reason}", file=sys.stderr)
+        return 1
     rows = []
     with progress_bar(None, total=4 * len(SCRIPTS), unit="run") as bar:
         for script in SCRIPTS:
