@@ -122,7 +122,8 @@ def markdown(form: str, shots: int, found: dict, seeds: range, revision: dict | 
 thread{at(revision)}. Each number is the mean ± half the 95 % interval (Student t) over seeds 0 to {len(seeds) - 1};
 seconds are of processor time, medians.
 
-The source are 574 labelled studio images of digits, the target 573 phone images of others, {known}, as {kind}: what
+The source are 574 labelled studio images of digits, the target 573 phone images of others,
+{known}, as {kind}: what
 `fastda demo --write-data` writes. Before: a network that has seen the source alone, the command's own, on the target.
 After: adapted; both on those target images whose label training did not see. The gap is what lies between before and
 that network's accuracy on source images that it was not trained on. Further phone images: 400 that are in neither file.
