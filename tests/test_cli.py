@@ -39,7 +39,7 @@ def test_each_example_is_a_call_of_its_command(name):
     """Every part of it parses, and one is of the command itself; that it runs is in the command's own tests."""
     called = []
     for part in cli.COMMANDS[name].example.split("&&"):
-        program, *arguments = shlex.split(part)
+        program, *arguments = shlex.split(part, comments=True)
         assert program == "fastda"
         called.append(arguments[0])
         module = importlib.import_module(cli.COMMANDS[arguments[0]].module)
