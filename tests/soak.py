@@ -54,8 +54,8 @@ def soak(op: str, profile: str, of: str) -> dict[str, object]:
         said = done.stdout + done.stderr
         lines = [line[2:].strip() for line in said.splitlines() if line.startswith("E ")]
         reason = lines[0] if lines else f"exit code {done.returncode}: {said[-200:]}"
-        example = re.search(r"^.*Draw 1: .*$", said, re.MULTILINE)
-        reason += f" for {example.group().strip(' |E')}" if example else ""
+        example = re.search(r"\w+=torch\.\w+\[.*", said)  # the call in one line
+        reason += f"; {example.group()}" if example else ""
     return {
         "op": op,
         "profile": profile,
