@@ -35,15 +35,17 @@ def check(op, arguments):
 @st.composite
 def calls(draw, op):
     around = (1, 2, 15, 16, 17, 33)
+    options = {name: draw(st.sampled_from(values)) for name, values in op.options.items()}
+    # A direction of one feature is a sign, and its gradient 0 in the reference: test_cosine_of_one_feature.
+    fewest = 2 if options.get("metric") == "cosine" else 1
     sizes = Sizes(
         batch=draw(st.sampled_from([(), (2,), (1, 2), (0,)])),
         samples=draw(st.sampled_from((0, *around))),
         others=draw(st.sampled_from((0, *around))),
-        features=draw(st.sampled_from((0, *around, 65))),
+        features=draw(st.sampled_from([n for n in (0, *around, 65) if n == 0 or n >= fewest])),
         classes=draw(st.sampled_from((2, 3, 5, 17))),
         labels=draw(st.sampled_from(("balanced", "unbalanced", "gaps", "one class"))),
     )
-    options = {name: draw(st.sampled_from(values)) for name, values in op.options.items()}
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     arguments = op.arguments(Draw(sizes, dtype, draw(st.integers(0, 2**16))), **options)
     for name, x in arguments.items():
@@ -59,6 +61,17 @@ def test_values_and_gradients(op, data):
     arguments = data.draw(calls(op))
     note(describe(arguments))
     check(op, arguments)
+
+
+@each_of_prototypes
+def test_cosine_of_one_feature(op):
+    """A direction is a sign, whose gradient is 0; here to rounding."""
+    options = {name: values[0] for name, values in op.options.items()} | {"metric": "cosine"}
+    arguments = op.arguments(Draw(Sizes(samples=5, others=5, features=1, classes=3)), **options)
+    found = results(op.of(fastda), arguments)
+    for name in ("queries", "prototypes"):
+        terms = 5 / arguments[name].abs()  # as many as there are others, each of about 1 / ‖x‖
+        assert (found[f"gradient of {name}"].abs() <= 8 * torch.finfo(torch.float32).eps * terms).all()
 
 
 @pytest.mark.slow
