@@ -65,7 +65,7 @@ def test_chunk_by_chunk(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("adapted", "narrow.npz"), "narrow.npz: expected samples of shape (3,), 3 features, which the model was made"),
+        (("adapted", "narrow.npz"), "which the model was made for, got (2,); take the same features"),
         (("adapted", "images.npz"), "images.npz: expected samples of shape (3,), 3 features"),
         (("absent", "target.npz"), "absent: expected a model that fastda adapt wrote, got no such file"),
         (("target.npz", "target.npz"), "target.npz: expected a model that fastda adapt wrote, got a file that is no"),
@@ -125,7 +125,7 @@ def test_columns_go_by_name(tmp_path, capsys):
     assert "a column for each feature of the source, got none named 'width'" in capsys.readouterr().err
 
 
-def test_folders_of_images(tmp_path):
+def test_folders_of_images(tmp_path, capsys):
     """With a folder for each class in the source; those to classify are larger, and in colour."""
     Image = pytest.importorskip("PIL.Image", reason="writes the images")
     source, labels, target, _ = images(60)
@@ -144,6 +144,8 @@ def test_folders_of_images(tmp_path):
     arguments = (tmp_path / "source", tmp_path / "target", "--method", "source-only", "--epochs", 20)
     assert call("adapt", *arguments, "--out", out) == 0
     assert call("predict", out, tmp_path / "large", "--image-size", 8, "--out", tmp_path / "predictions.csv") == 0
+    assert call("predict", out, tmp_path / "large") == 1
+    assert "got (1, 16, 16); resize the images (--image-size 8)" in capsys.readouterr().err
     got, expected = (predictions(path / "predictions.csv") for path in (tmp_path, out))
     assert len({row["label"] for row in expected}) > 1
     assert np.mean([a["label"] == b["label"] for a, b in zip(got, expected)]) > 0.9

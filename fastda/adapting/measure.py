@@ -78,7 +78,6 @@ class Measurement:
         found = asdict(self) | {"predicted": list(self.predicted)}
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}
 
-
     @classmethod
     def from_dict(cls, content: dict) -> Measurement:
         """What `to_dict` gave."""

@@ -91,7 +91,7 @@ class AdaptedModel:
         if tuple(inputs.shape[1:]) != self.shape:
             raise ValueError(
                 f"{name}: expected samples of shape {self.shape}, {_in_words(self.shape)}, which the model was made "
-                f"for, got {tuple(inputs.shape[1:])}; take the same features, or resize the images"
+                f"for, got {tuple(inputs.shape[1:])}; {_what_to_do(self.shape)}"
             )
 
     def _features(self, chunk: Tensor, scaled: bool) -> Tensor:
@@ -217,3 +217,10 @@ def _in_words(shape: tuple[int, ...]) -> str:
     if len(shape) == 1:
         return f"{shape[0]} features"
     return f"images of {shape[0]} channels and {shape[1]}×{shape[2]} pixels"
+
+
+def _what_to_do(shape: tuple[int, ...]) -> str:
+    """With samples of another shape."""
+    if len(shape) == 1:
+        return "take the same features"
+    return "resize the images" + (f" (--image-size {shape[1]})" if shape[1] == shape[2] else "")
