@@ -45,5 +45,5 @@ export PYTHONPATH="$package" OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 cd "$work"
 cp -r "$root/pyproject.toml" .
 "$python" -m pytest -c pyproject.toml --rootdir "$root" -p no:cacheprovider -q \
-    -o pythonpath="$root/tests $root/tests/peers $root/tests/triton" \
+    -o pythonpath="$root/tests $root/tests/peers $root/tests/triton_kernels" \
     -k "not compile and not export and not install" "${tests[@]}"
