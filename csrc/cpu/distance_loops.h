@@ -559,7 +559,8 @@ void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, con
       for (int v = 0; v < vectors; ++v) middle[v] = G::load(centre + v * G::lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const T total = static_cast<T>(totals[i + r]), *row = x + least(r, some - 1) * x_stride;
+        const int64_t there = least(r, some - 1);
+        const T total = static_cast<T>(totals[i + there]), *row = x + there * x_stride;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(row + v * G::lanes) - middle[v]) * total;
       }
