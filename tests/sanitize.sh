@@ -44,6 +44,7 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=hal
 export PYTHONPATH="$package" OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 cd "$work"
 cp -r "$root/pyproject.toml" .
-"$python" -m pytest -c pyproject.toml --rootdir "$root" -p no:cacheprovider -q \
+# A finding is written past Python: captured, it would be lost with the process.
+"$python" -m pytest -c pyproject.toml --rootdir "$root" -p no:cacheprovider -q --capture=sys \
     -o pythonpath="$root/tests $root/tests/peers $root/tests/triton_kernels" \
     -k "not compile and not export and not install" "${tests[@]}"
