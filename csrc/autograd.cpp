@@ -150,7 +150,7 @@ struct Gradient : FusedNode {
       return variable_list(differentiable);
     }
     std::vector<Tensor> tensors = unpack();
-    if (!at::GradMode::is_enabled()) {
+    if (!at::GradMode::is_enabled() && is_plain_eager() && is_plain(incoming[0])) {  // else: scaled by a batch, say
       if (auto results = take_gradients(incoming[0], tensors); !results.empty()) return results;
     }
     Stack stack;

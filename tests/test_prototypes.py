@@ -389,6 +389,19 @@ def test_gradients_taken_in_the_forward_pass_are_handed_over_once():
         torch.autograd.grad(loss, leaves)
 
 
+def test_gradients_taken_in_the_forward_pass_for_a_batch_of_incoming_ones():
+    queries, prototypes, targets = forward_takes_gradients()
+    leaves = [queries.requires_grad_(), prototypes.requires_grad_()]
+    loss = fastda.prototype_cross_entropy(*leaves, targets)
+    incoming = torch.tensor([1.0, -2.0, 0.5])
+    batch = torch.autograd.grad(loss, leaves, incoming, retain_graph=True, is_grads_batched=True)
+    one = torch.autograd.grad(loss, leaves)
+    rounding = 32 * torch.finfo(torch.float32).eps
+    for got, exact in zip(batch, one, strict=True):
+        expected = incoming[:, None, None] * exact
+        assert_close(got, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
+
+
 def test_gradients_taken_in_the_forward_pass_are_not_those_of_what_was_overwritten():
     queries, prototypes, targets = forward_takes_gradients()
     loss = fastda.prototype_cross_entropy(queries, prototypes.requires_grad_(), targets)

@@ -23,6 +23,10 @@ class PrototypeClassifier(ClassifierMixin, BaseEstimator):
 
     .. math:: c_k \leftarrow \sum_j p_k(x_j) \, x_j \Big/ \sum_j p_k(x_j)
 
+    That suits classes that stay nearest to their own prototypes. A shift that carries a class past another's prototype,
+    such as a shear, can leave the two swapped, and worse than without the target: compare with `refinements=0`, or take
+    :class:`CORALClassifier`.
+
     Args:
         metric: "sqeuclidean", "euclidean" or "cosine", as in :func:`fastda.prototype_softmax`.
         temperature: what the distances are divided by before the softmax, as in :func:`fastda.prototype_softmax`.
