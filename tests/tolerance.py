@@ -120,11 +120,11 @@ def assert_as_accurate_as_reference(
     assert got.keys() == expected.keys(), f"outputs: got {len(got)} results, the reference has {len(expected)}"
     true = in_float64(reference, arguments, expected, **options)
     errors = dict.fromkeys(expected, 0.0)
-    draws = 200 if sum(x.numel() for x in expected.values()) <= FEW_ELEMENTS else 8
+    draws, step = (200, 1 / 1024) if sum(x.numel() for x in expected.values()) <= FEW_ELEMENTS else (8, 1 / 512)
     for draw in range(draws):
         found, truths = expected, true
         if draw > 0 or any(is_floating(x) and x.dtype == torch.float64 for x in arguments.values()):
-            scale = 1 - draw / 1024  # near 1, for the same conditioning; not above, so that nothing overflows
+            scale = 1 - draw * step  # near 1, for the same conditioning; not above, so that nothing overflows
             scaled = map_floating(arguments, lambda name, x: single(x if name in constant else x * scale))
             found = results(reference, scaled, **options)
             truths = in_float64(reference, scaled, found, **options)
