@@ -23,24 +23,24 @@ CHANNELS = (1, 3, 4)
 
 def open_npz(path: Path, label: str, class_names: Sequence | None) -> Samples:
     """Features are read from the archive chunk by chunk."""
-    with _archive(path) as archive:
+    with open_archive(path) as archive:
         members = {name[: -len(".npy")]: name for name in archive.namelist() if name.endswith(".npy")}
         if not members:
             found = listed(archive.namelist()) or "nothing"
             raise ValueError(f"{path}: expected arrays as numpy.savez writes them, got {found}; use numpy.savez")
-        key = _only(path, "features", members, FEATURE_KEYS)
+        key = only(path, "features", members, FEATURE_KEYS)
         any_key = label == "label"
-        label_key = _only(path, "labels", members, LABEL_KEYS if any_key else (label,), needed=not any_key)
+        label_key = only(path, "labels", members, LABEL_KEYS if any_key else (label,), needed=not any_key)
         with archive.open(members[key]) as file:
             array = _header(path, key, file, archive.getinfo(members[key]).file_size)
         labels, names = None, ()
         if label_key is not None:
             where = f"{path}, {label_key!r}"
-            values = _label_values(path, label_key, archive, members[label_key])
+            values = label_values(path, label_key, archive, members[label_key])
             labels, names = encode(where, _one_each(where, values, array.count), class_names)
 
     def blocks(rows: int) -> Iterator[np.ndarray]:
-        with _archive(path) as archive, archive.open(members[key]) as file:
+        with open_archive(path) as archive, archive.open(members[key]) as file:
             again = _header(path, key, file, archive.getinfo(members[key]).file_size)
             if again != array:
                 raise ValueError(f"{path}: expected the file that was opened, got another; open it again")
@@ -103,7 +103,7 @@ def _samples(path, key, array, blocks, labels, names) -> Samples:
     return Samples(path, array.count, array.shape, blocks, None if labels is None else torch.from_numpy(labels), names)
 
 
-def _only(path, what: str, members, keys: Sequence[str], needed: bool = True) -> str | None:
+def only(path, what: str, members, keys: Sequence[str], needed: bool = True) -> str | None:
     found = [key for key in keys if key in members]
     if len(found) > 1 or (needed and not found):
         got = listed(found) if found else listed(members)
@@ -116,14 +116,14 @@ def _only(path, what: str, members, keys: Sequence[str], needed: bool = True) ->
 
 def _header(path: Path, key: str, file: BinaryIO, size: int) -> _Array:
     where = f"{path}, {key!r}" if key else str(path)
-    shape, fortran_order, dtype, start = _read_header(path, where, file)
+    shape, fortran_order, dtype, start = read_header(path, where, file)
     if dtype.kind not in "biuf":
         raise ValueError(f"{where}: expected features that are numbers, got {dtype}; convert them with .astype(float)")
-    _check_size(where, size - start, dtype.itemsize * math.prod(shape))
+    check_size(where, size - start, dtype.itemsize * math.prod(shape))
     return _Array(where, shape, fortran_order, dtype)
 
 
-def _read_header(path: Path, where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def read_header(path: Path, where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, order, dtype, and where the data begin. The header is literals alone: nothing is unpickled."""
     start = file.read(8)
     if start[:6] != np.lib.format.MAGIC_PREFIX:
@@ -152,19 +152,19 @@ def _pickled(where: str) -> str:
     )
 
 
-def _check_size(where: str, got: int, expected: int) -> None:
+def check_size(where: str, got: int, expected: int) -> None:
     if got != expected:
         raise ValueError(
             f"{where}: expected {expected} bytes of data, got {got}: it is truncated; write or copy it again"
         )
 
 
-def _label_values(path: Path, key: str, archive: zipfile.ZipFile, member: str) -> np.ndarray:
+def label_values(path: Path, key: str, archive: zipfile.ZipFile, member: str) -> np.ndarray:
     where = f"{path}, {key!r}"
     with archive.open(member) as file:
-        shape, fortran_order, dtype, start = _read_header(path, where, file)
+        shape, fortran_order, dtype, start = read_header(path, where, file)
         size = dtype.itemsize * math.prod(shape)
-        _check_size(where, archive.getinfo(member).file_size - start, size)
+        check_size(where, archive.getinfo(member).file_size - start, size)
         return np.frombuffer(_exactly(path, file, size), dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
@@ -190,7 +190,7 @@ def _exactly(path: Path, file: BinaryIO, count: int) -> bytes:
 
 
 @contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """The errors of a damaged archive as one sentence."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import LABEL_KEYS, _archive, _check_size, _label_values, _only, _read_header
+from .arrays import LABEL_KEYS, check_size, label_values, only, open_archive, read_header
 from .labels import UNKNOWN, encode, listed
-from .opening import _needs, open_samples
-from .tables import _as_array, _delimiter, _first_lines, _sentences, _stacked
+from .opening import needs, open_samples
+from .tables import as_array, delimiter_of, first_lines, sentences, stacked
 
 
 def open_labels(path: str | os.PathLike, *, count: int, class_names: Sequence, label: str = "label") -> Tensor:
@@ -49,7 +49,7 @@ def open_labels(path: str | os.PathLike, *, count: int, class_names: Sequence, l
     elif suffix == ".npy":
         where, values = str(path), _from_npy(path)
     elif suffix in (".csv", ".parquet"):
-        with _needs("pyarrow", path):
+        with needs("pyarrow", path):
             where, values = f"{path}, column {label!r}", _from_table(path, label)
     elif path.is_dir():
         labels = open_samples(path, class_names=class_names).labels
@@ -75,17 +75,17 @@ def _checked(path: Path, labels: Tensor, count: int) -> Tensor:
 
 
 def _from_npz(path: Path, label: str) -> tuple[str, np.ndarray]:
-    with _archive(path) as archive:
+    with open_archive(path) as archive:
         members = {name[: -len(".npy")]: name for name in archive.namelist() if name.endswith(".npy")}
-        key = _only(path, "labels", members, LABEL_KEYS if label == "label" else (label,))
-        return f"{path}, {key!r}", _label_values(path, key, archive, members[key])
+        key = only(path, "labels", members, LABEL_KEYS if label == "label" else (label,))
+        return f"{path}, {key!r}", label_values(path, key, archive, members[key])
 
 
 def _from_npy(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
-        shape, _, dtype, start = _read_header(path, str(path), file)
+        shape, _, dtype, start = read_header(path, str(path), file)
         size = dtype.itemsize * math.prod(shape)
-        _check_size(str(path), path.stat().st_size - start, size)
+        check_size(str(path), path.stat().st_size - start, size)
         return np.frombuffer(file.read(size), dtype)
 
 
@@ -94,12 +94,12 @@ def _from_table(path: Path, label: str) -> np.ndarray:
     from pyarrow import csv as arrow
     from pyarrow import parquet
 
-    with _sentences(path):
+    with sentences(path):
         if path.suffix.lower() == ".parquet":
             names = parquet.read_schema(path).names
         else:
-            header, _ = _first_lines(path)
-            parsing = arrow.ParseOptions(delimiter=_delimiter(header))
+            header, _ = first_lines(path)
+            parsing = arrow.ParseOptions(delimiter=delimiter_of(header))
             names = next(csv.reader([header], delimiter=parsing.delimiter))
         if label not in names:
             raise ValueError(
@@ -111,4 +111,4 @@ def _from_table(path: Path, label: str) -> np.ndarray:
             options = {"include_columns": [label], "column_types": {label: pyarrow.string()}}
             converting = arrow.ConvertOptions(**options, strings_can_be_null=True)
             table = arrow.read_csv(path, parse_options=parsing, convert_options=converting)
-        return _stacked([_as_array(chunk) for chunk in table.column(0).chunks] or [np.zeros(0)])
+        return stacked([as_array(chunk) for chunk in table.column(0).chunks] or [np.zeros(0)])

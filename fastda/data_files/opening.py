@@ -71,7 +71,7 @@ def open_samples(
     if channels is not None:
         checks.option("channels", channels, (1, 3))
     if path.is_dir():
-        with _needs("Pillow", path):
+        with needs("Pillow", path):
             return open_folder(path, class_names, size, channels)
     suffix = path.suffix.lower()
     if suffix not in (".npz", ".npy", ".csv", ".parquet"):
@@ -83,7 +83,7 @@ def open_samples(
     elif suffix == ".npy":
         samples = open_npy(path)
     else:
-        with _needs("pyarrow", path):
+        with needs("pyarrow", path):
             reader = open_csv if suffix == ".csv" else open_parquet
             samples = reader(path, label, class_names, feature_names)
     if size is not None and samples.shape[1:] != size:
@@ -201,7 +201,7 @@ def _as_size(image_size) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _needs(library: str, path: Path) -> Iterator[None]:
+def needs(library: str, path: Path) -> Iterator[None]:
     """A missing library as a sentence that says how to get it."""
     try:
         yield

@@ -21,8 +21,8 @@ def open_csv(path: Path, label: str, class_names: Sequence | None, feature_names
     """The first line has the names; columns are separated by commas, semicolons or tabs."""
     from pyarrow import csv as arrow
 
-    first, second = _first_lines(path)
-    delimiter = _delimiter(first)
+    first, second = first_lines(path)
+    delimiter = delimiter_of(first)
     names = next(csv.reader([first], delimiter=delimiter))
     _check_names(path, names)
     decimal = "," if delimiter == ";" and "," in second and "." not in second else "."
@@ -35,7 +35,7 @@ def open_csv(path: Path, label: str, class_names: Sequence | None, feature_names
         )
         return iter(arrow.open_csv(path, reading, parsing, converting))
 
-    with _sentences(path):
+    with sentences(path):
         import pyarrow
 
         beginning = next(batches(names, {label: pyarrow.string()} if label in names else None), None)
@@ -48,7 +48,7 @@ def open_parquet(path: Path, label: str, class_names: Sequence | None, feature_n
     """The index of a pandas table is left out."""
     from pyarrow import parquet
 
-    with _sentences(path), parquet.ParquetFile(path) as file:
+    with sentences(path), parquet.ParquetFile(path) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
     if count == 0:
         raise ValueError(f"{path}: expected at least one row, got none; check how it was written")
@@ -90,17 +90,17 @@ def _samples(path: Path, schema, batches: Callable, label: str, class_names, fea
         )
     types = {name: pyarrow.float64() for name in columns} | {label: pyarrow.string()}
     codes, names = None, ()
-    with _sentences(path):
+    with sentences(path):
         if label in schema.names:
-            parts = [_as_array(batch.column(0)) for batch in batches([label], types)]
+            parts = [as_array(batch.column(0)) for batch in batches([label], types)]
             count = sum(map(len, parts))
-            codes, names = encode(f"{path}, column {label!r}", _stacked(parts), class_names)
+            codes, names = encode(f"{path}, column {label!r}", stacked(parts), class_names)
             codes = torch.from_numpy(codes)
         else:
             count = sum(batch.num_rows for batch in batches(columns[:1], types))
 
     def blocks(rows: int) -> Iterator[np.ndarray]:
-        with _sentences(path):
+        with sentences(path):
             for batch in batches(columns, types, rows):
                 values = np.empty((batch.num_rows, len(columns)), np.float32)
                 with np.errstate(over="ignore"):  # what is too large becomes Inf, which is refused
@@ -111,7 +111,7 @@ def _samples(path: Path, schema, batches: Callable, label: str, class_names, fea
     return Samples(path, count, (len(columns),), blocks, codes, names, tuple(columns))
 
 
-def _first_lines(path: Path) -> tuple[str, str]:
+def first_lines(path: Path) -> tuple[str, str]:
     with open(path, "rb") as file:
         lines = [file.readline(BLOCK_BYTES) for _ in range(2)]
     first, second = (line.decode("utf-8-sig", errors="replace").strip("\r\n") for line in lines)
@@ -126,7 +126,7 @@ def _empty(path: Path) -> str:
     return f"{path}: expected a line of names and one for each sample, got no sample; check how it was written"
 
 
-def _delimiter(header: str) -> str:
+def delimiter_of(header: str) -> str:
     return max(DELIMITERS, key=header.count)
 
 
@@ -170,7 +170,7 @@ def _as_floats(column) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _as_array(column) -> np.ndarray:
+def as_array(column) -> np.ndarray:
     """Of labels: numbers, or objects."""
     import pyarrow
 
@@ -185,12 +185,12 @@ def _as_array(column) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _stacked(parts: Iterable[np.ndarray]) -> np.ndarray:
+def stacked(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(parts))
 
 
 @contextmanager
-def _sentences(path: Path) -> Iterator[None]:
+def sentences(path: Path) -> Iterator[None]:
     """pyarrow's errors as one sentence that names the file."""
     import pyarrow
 
