@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -15,6 +16,7 @@ def test_the_readme_has_an_example_for_each_family():
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example(number):
+    torch.manual_seed(number)
     text, names = EXAMPLES[number], {}
     exec("import torch, fastda\nfrom torch import nn\n" + text, names)
     if "evaluate(" in text or "fastda.sklearn" in text:
