@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from fastda import cli, reference
-from fastda.benchmarks import baselines, command, peers, tables
+from fastda.benchmarks import baselines, command, peers, tables, timing
 from fastda.benchmarks import record as records
 from fastda.benchmarks.__main__ import main, progress_lines
 from fastda.benchmarks.baselines import Absent, Side, make_side, side_names
@@ -24,7 +25,7 @@ from fastda.benchmarks.cases import CPU_CASES, GPU_CASES, GROUP_FIGURES, SWEEPS,
 from fastda.benchmarks.correctness import Check
 from fastda.benchmarks.machine import Limits
 from fastda.benchmarks.memory import memory, peak
-from fastda.benchmarks.timing import Refused, Times, compare
+from fastda.benchmarks.timing import Refused, Stopwatch, Times, compare
 
 BENCH = Path(__file__).parents[1] / "bench"
 CORAL = select(["coral"])[0][0]
@@ -98,7 +99,7 @@ def test_wide_coral_memory_has_its_figure():
     sides = {name: make_side(case, name).call for name in ("fused", "reference")}
     extra = {name: memory(call, case.arguments(), "cpu")["extra"] for name, call in sides.items()}
     outcome = records.outcome(case, figure, {"sides": {"fused": {"memory": {"extra": extra["fused"]}}}})
-    assert outcome == {"figure": "extra memory, MB ≤ 8", "bound": 8, "value": extra["fused"] / 1e6, "reached": True}
+    assert outcome == {"figure": "extra memory, MB ≤ 8", "bound": 8, "value": extra["fused"] / 1e6, "reached": True, "interval": None}
     assert extra["reference"] > 190e6
     too_much = records.outcome(case, figure, {"sides": {"fused": {"memory": {"extra": extra["reference"]}}}})
     assert too_much["reached"] is False
@@ -244,15 +245,44 @@ def test_sides_alternate_and_a_wrong_one_is_refused():
     assert isinstance(found["wrong"], Refused) and "output 0: relative error 1.0e-03" in found["wrong"].reason
     assert found["raising"] == Refused("RuntimeError: no such kernel")
     assert calls.count("wrong") == 1  # the check alone
-    turns = [name for i, name in enumerate(calls) if name != "wrong" and (i == 0 or calls[i - 1] != name)]
-    assert turns[-2 * rounds :] == ["a", "b"] * rounds
     for name in "ab":
+        assert len(found[name].rounds["both"]) == rounds
         samples = found[name].samples
         assert len(samples["forward"]) == len(samples["backward"]) == len(samples["both"]) >= rounds
         assert all(
             math.isclose(f + b, whole)
             for f, b, whole in zip(samples["forward"], samples["backward"], samples["both"])
         )
+
+
+def test_each_round_has_its_order_and_some_sides_go_on(monkeypatch):
+    turns = []
+
+    class Recorded(Stopwatch):
+        def turn(self):
+            turns.append(self.function.__name__)
+            return [{"both": 1.0}]
+
+    monkeypatch.setattr(timing, "Stopwatch", Recorded)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 20)
+
+    def side(name):
+        def call(source, target):
+            return reference.coral_loss(source, target)
+
+        call.__name__ = name
+        return Side(name, call)
+
+    check = Check(TINY, TINY.arguments())
+    found, rounds = compare(
+        [side(name) for name in "abc"], lambda side: check, budget=60.0, longer={"a", "b"}, patience=2.5
+    )
+    assert rounds == 50
+    whole, further = turns[:60], turns[60:]
+    orders = {tuple(whole[i : i + 3]) for i in range(0, 60, 3)}
+    assert all(set(order) == set("abc") for order in orders) and len(orders) > 1
+    assert len(further) == 60 and all(set(further[i : i + 2]) == set("ab") for i in range(0, 60, 2))
+    assert [len(found[name].rounds["both"]) for name in "abc"] == [50, 50, 20]
 
 
 @pytest.mark.parametrize("spoil", [lambda g: g * math.nan, torch.abs, torch.ones_like, torch.zeros_like])
@@ -283,6 +313,21 @@ def test_sides_are_compared_round_by_round():
         second.add([{"both": 1.02 * slowness}])
     assert second.over(first, "both") == pytest.approx(1.02, abs=1e-12)
     assert first.samples["both"][:4] == [1.0, 1.0, 7.0, 1.1] and first.over(first, "both") == 1
+    assert second.interval_over(first, "both") is None
+
+
+def test_the_interval_of_a_ratio_covers_it():
+    """Ratios spread evenly about 1.01: 95 in 100 intervals hold it, and a hundred rounds make it narrow."""
+    generator, inside, widths = random.Random(0), 0, []
+    for _ in range(1000):
+        one, other = Times({}), Times({})
+        for _ in range(100):
+            other.add([{"both": (slowness := generator.uniform(1, 2))}])
+            one.add([{"both": slowness * generator.uniform(0.91, 1.11)}])
+        lower, upper = one.interval_over(other, "both")
+        inside += lower <= 1.01 <= upper
+        widths.append(upper - lower)
+    assert 930 <= inside <= 975 and max(widths) < 0.1
 
 
 # Memory
@@ -341,6 +386,7 @@ def test_a_record_holds_what_the_rules_ask_for(tmp_path):
         "upper_quartile",
         "samples",
         "over_fused",
+        "over_fused_interval",
     }
     assert case["sides"]["fused"]["memory"]["peak"] > 0
     assert case["ratios"]["both"]["ratio"] > 0 and case["share_of_limit"] > 0
@@ -350,13 +396,13 @@ def test_a_record_holds_what_the_rules_ask_for(tmp_path):
 
 def test_the_ratio_is_against_the_fastest_baseline():
     def side(over_fused, baseline=True):
-        return {"times": {"both": {"over_fused": over_fused}}, "baseline": baseline}
+        return {"times": {"both": {"over_fused": over_fused, "over_fused_interval": None}}, "baseline": baseline}
 
     sides = {"fused": side(1.0, False), "a": side(3.0), "b": side(2.0), "c": {"reason": "wrong"}}
     sides["yardstick"] = side(0.5, False)
-    assert records.speed(sides, "both") == {"against": "b", "ratio": 2.0}
-    assert records.speed(sides, "both", ("a", "c")) == {"against": "a", "ratio": 3.0}
-    assert records.speed(sides, "both", ("yardstick",)) == {"against": "yardstick", "ratio": 0.5}
+    assert records.speed(sides, "both") == {"against": "b", "ratio": 2.0, "interval": None}
+    assert records.speed(sides, "both", ("a", "c")) == {"against": "a", "ratio": 3.0, "interval": None}
+    assert records.speed(sides, "both", ("yardstick",))["ratio"] == 0.5
     assert records.speed(sides, "forward") is None
 
 
@@ -364,8 +410,8 @@ def test_the_geometric_mean_needs_all_its_cases():
     (group,) = GROUP_FIGURES
 
     def row(name, seconds):
-        side = {"times": {"both": {"over_fused": seconds}}, "baseline": True}
-        fused = {"times": {"both": {"over_fused": 1.0}}, "baseline": False}
+        side = {"times": {"both": {"over_fused": seconds, "over_fused_interval": None}}, "baseline": True}
+        fused = {"times": {"both": {"over_fused": 1.0, "over_fused_interval": None}}, "baseline": False}
         return {"name": name, "threads": 1, "phase": "both", "sides": {"fused": fused, "reference": side}}
 
     rows = [row(name, seconds) for name, seconds in zip(group.cases, (1, 4, 16, 16, 64, 256))]

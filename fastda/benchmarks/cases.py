@@ -68,7 +68,7 @@ class Case:
     differentiable: bool = True
     phase: str = "both"  # what the figures, and the share of the limit, are about
     constants: tuple[int, ...] = ()  # positions of floating arguments that get no gradient
-    patience: float = 1.0  # times the budget: to tell one per cent of a long step takes many rounds
+    patience: float = 1.0  # how many times the budget the sides of its figures take: one per cent takes many rounds
 
     @property
     def work(self) -> Work:
@@ -395,7 +395,7 @@ def _linear(samples: int, features: int, hidden: int, *figures: Figure) -> Case:
 def _step(label: str, op: str, *figures: Figure) -> Case:
     sizes = {"samples": 64, "side": 28, "features": 128, "hidden": 64, "classes": 10}
     label += " {samples}+{samples} images {side}×{side}"
-    options = {"constants": (0, 1), "patience": 8}
+    options = {"constants": (0, 1), "patience": 60}
     return _case(label, "training", op, sizes, _training_step, _training_step_work, figures, **options)
 
 

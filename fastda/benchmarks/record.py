@@ -59,7 +59,8 @@ def measure(
             checks[side.truth] = Check(case, arguments, seed, side.truth)
         return checks[side.truth]
 
-    found, rounds = compare(present, check, case.patience * budget, seed)
+    figured = {FUSED, *(name for figure in case.figures for name in figure.against or ())}
+    found, rounds = compare(present, check, budget, seed, longer=figured, patience=case.patience)
     rows = {}
     for side in made:
         if isinstance(side, Absent):
@@ -96,14 +97,16 @@ def measure(
 
 
 def summary(times: Times, phase: str, fused: Times | Refused | None) -> dict:
-    """Seconds: median and quartiles, and of how many samples; and how many times as long as the fused op's."""
+    """Seconds (median, quartiles, number of samples), and how many times as long as the fused op's (with interval)."""
     lower, upper = times.quartiles(phase)
+    comparable = isinstance(fused, Times)
     return {
         "median": times.median(phase),
         "lower_quartile": lower,
         "upper_quartile": upper,
         "samples": len(times.samples[phase]),
-        "over_fused": times.over(fused, phase) if isinstance(fused, Times) else None,
+        "over_fused": times.over(fused, phase) if comparable else None,
+        "over_fused_interval": times.interval_over(fused, phase) if comparable else None,
     }
 
 
@@ -117,15 +120,17 @@ def speed(sides: dict[str, dict], phase: str, against: Sequence[str] | None = No
     if not ratios or phase not in sides[FUSED].get("times", {}):
         return None
     fastest = min(ratios, key=ratios.get)
-    return {"against": fastest, "ratio": ratios[fastest]}
+    interval = sides[fastest]["times"][phase]["over_fused_interval"]
+    return {"against": fastest, "ratio": ratios[fastest], "interval": interval}
 
 
 def outcome(case: Case, figure: Figure, row: dict) -> dict:
     """The figure, what was measured, and whether it is reached (None: not measured)."""
-    value = None
+    value = interval = None
     if figure.quantity == "speed":
         ratio = speed(row["sides"], case.phase, figure.against)
-        value = ratio and ratio["ratio"]
+        if ratio is not None:
+            value, interval = ratio["ratio"], ratio["interval"]
     elif figure.quantity == "memory":
         if "memory" in row["sides"][FUSED]:
             value = row["sides"][FUSED]["memory"]["extra"] / case.logits_bytes
@@ -137,15 +142,15 @@ def outcome(case: Case, figure: Figure, row: dict) -> dict:
             value = row["sides"][FUSED]["times"][case.phase]["median"]
     elif figure.quantity == "limit":
         value = row.get("share_of_limit")
-    return judged(figure, value)
+    return judged(figure, value, interval)
 
 
-def judged(figure: Figure, value: float | None) -> dict:
+def judged(figure: Figure, value: float | None, interval: tuple[float, float] | None = None) -> dict:
     reached = None
     if value is not None:
         at_most = figure.quantity in ("memory", "megabytes", "seconds")
         reached = value <= figure.bound if at_most else value >= figure.bound
-    return {"figure": str(figure), "bound": figure.bound, "value": value, "reached": reached}
+    return {"figure": str(figure), "bound": figure.bound, "value": value, "interval": interval, "reached": reached}
 
 
 def group_outcomes(rows: Sequence[dict]) -> list[dict]:

@@ -96,7 +96,10 @@ def short_table(record: dict) -> str:
 def _figure(figure: dict) -> str:
     if figure["value"] is None:
         return f"{figure['figure']}: not measured"
-    return f"{figure['figure']}: {figure['value']:.3g}" + ("" if figure["reached"] else " **missed**")
+    measured = f"{figure['figure']}: {figure['value']:.3g}"
+    if interval := figure.get("interval"):  # earlier records have none
+        measured += " ({:.3g} to {:.3g})".format(*interval)
+    return measured + ("" if figure["reached"] else " **missed**")
 
 
 def figures_table(record: dict) -> str:

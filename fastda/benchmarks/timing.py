@@ -1,15 +1,16 @@
 """Time of several sides, taken in turn in one process.
 
-Machines are noisy and slow down together, so sides alternate (A B C A B C ...) and two sides are compared round by
-round: what counts is the median, over the rounds, of the ratio of their times. A disturbance longer than a round leaves
-it alone.
+Machines are noisy and slow down together, so sides alternate and two sides are compared round by round: what counts is
+the median, over the rounds, of the ratio of their times. A disturbance longer than a round leaves it alone. Each round
+has an order of its own, since a side is faster or slower for what the one before it left behind (memory, threads).
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -23,7 +24,7 @@ LEAST_ROUNDS = 3
 MOST_ROUNDS = 200
 TURN = 0.01  # seconds that a fast side measures before the next one's turn
 MOST_SAMPLES = 10  # in one turn
-SLOW = 0.05  # seconds beyond which a call does not notice what the side before left in the caches
+SLOW = 0.15  # seconds beyond which a call does not notice what the side before left in the caches
 GPU_SPAN = 2e-3  # seconds between two readings of the clock on a GPU, where reading it waits for the device
 MOST_REPEATS = 50
 LONGEST_REASON = 200  # characters
@@ -46,7 +47,19 @@ class Times:
 
     def over(self, other: Times, phase: str) -> float:
         """How many times as long as another side it takes: the median over the rounds."""
-        return statistics.median(own / its for own, its in zip(self.rounds[phase], other.rounds[phase]))
+        return statistics.median(self._ratios(other, phase))
+
+    def interval_over(self, other: Times, phase: str) -> tuple[float, float] | None:
+        """The 95 % interval of that median, of order statistics alone; None of fewer than six rounds, which have none.
+
+        The number of ratios below the true median is binomial, n draws of 1/2: about n/2 ± 1.96·√n/2.
+        """
+        ratios = sorted(self._ratios(other, phase))
+        rank = int((len(ratios) - 1.96 * len(ratios) ** 0.5) / 2)
+        return (ratios[rank], ratios[-1 - rank]) if len(ratios) >= 6 else None
+
+    def _ratios(self, other: Times, phase: str) -> list[float]:
+        return [own / its for own, its in zip(self.rounds[phase], other.rounds[phase])]
 
     def median(self, phase: str) -> float:
         return statistics.median(self.samples[phase])
@@ -116,11 +129,17 @@ class Stopwatch:
 
 
 def compare(
-    sides: Sequence[Side], checks: Callable[[Side], Check], budget: float, seed: int = 0
+    sides: Sequence[Side],
+    checks: Callable[[Side], Check],
+    budget: float,
+    seed: int = 0,
+    longer: Container[str] = (),
+    patience: float = 1.0,
 ) -> tuple[dict[str, Times | Refused], int]:
     """Check each side and time those that are right, in turn; the times, and the number of rounds.
 
-    `checks` gives the check a side has to pass; `budget` bounds the seconds of timing, but for the least rounds.
+    `checks` gives the check a side has to pass; `budget` bounds the seconds of timing, but for the least rounds. The
+    sides that are named by `longer` go on by themselves, for `patience` times the budget.
     """
     found: dict[str, Times | Refused] = {}
     stopwatches: dict[str, Stopwatch] = {}
@@ -135,14 +154,22 @@ def compare(
                 found[side.name] = Refused(verdict.wrong)
         except Exception as error:  # a peer or a compiler may fail in any way; the record says how
             found[side.name] = Refused(f"{type(error).__name__}: {error}".partition("\n")[0][:LONGEST_REASON])
-    rounds, start = 0, perf_counter()
+    order = random.Random(seed)
+
+    def go(turns: dict[str, Stopwatch], budget: float, least: int, most: float) -> int:
+        rounds, start = 0, perf_counter()
+        while turns and rounds < most and (rounds < least or perf_counter() - start < budget):
+            for name in order.sample(list(turns), len(turns)):
+                found[name].add(turns[name].turn())
+            rounds += 1
+        return rounds
+
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while stopwatches and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or perf_counter() - start < budget):
-            for name, stopwatch in stopwatches.items():
-                found[name].add(stopwatch.turn())
-            rounds += 1
+        rounds = go(stopwatches, budget, LEAST_ROUNDS, MOST_ROUNDS)
+        few = {name: stopwatch for name, stopwatch in stopwatches.items() if name in longer}
+        rounds += go(few, (patience - 1) * budget, 0, (patience - 1) * MOST_ROUNDS)
     finally:
         if collecting:
             gc.enable()
