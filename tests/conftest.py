@@ -1,14 +1,19 @@
-"""Hypothesis profiles (`HYPOTHESIS_PROFILE=dev|ci|sanitize|soak`) and fixtures."""
+"""What all tests share: the fastda they run against, their seeds, hypothesis profiles and fixtures.
+
+`HYPOTHESIS_PROFILE=dev|ci|sanitize|soak` chooses the profile, `FASTDA_TEST_SEED` other random numbers than usually.
+"""
 
 from __future__ import annotations
 
 import os
 
+import installed
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from seeds import SEED, seed
 
-# Without a GPU the Triton kernels are tested under Triton's interpreter, which has to be chosen before Triton is imported.
+# Without a GPU the Triton kernels are tested under Triton's interpreter, to be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,6 +23,26 @@ settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("sanitize", max_examples=5, derandomize=True, **COMMON)
 settings.register_profile("soak", max_examples=10_000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_configure() -> None:
+    installed.check()
+
+
+def pytest_report_header() -> str:
+    return f"{installed.description()}; FASTDA_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request) -> None:
+    """A fixture that several tests share draws the same whichever of them comes first."""
+    if fixturedef.scope != "function":
+        seed(f"{request.node.nodeid} {fixturedef.argname}")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request) -> None:
+    seed(request.node.nodeid)
 
 
 @pytest.fixture(scope="module")
