@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # as optimisers do when they are made: here once, not in each of the processes
 from adapting_data import clouds
+from forks import start
 
 from fastda.adapting import adapt, load_model
 from fastda.adapting.folder import RESULTS
@@ -24,19 +25,6 @@ def run(out: Path) -> None:
     torch.set_num_threads(1)
     source, labels, target, target_labels = map(torch.from_numpy, clouds(90))
     adapt(source, labels, target, measured_labels=target_labels, epochs=15, batch_size=15, out=out)
-
-
-def start(out: Path) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            run(out)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return child
 
 
 def ends(child: int) -> None:
@@ -59,17 +47,17 @@ def killed(child: int, after: float) -> bool:
 def main(folder: Path, kills: int, seed: int) -> None:
     alone, out = folder / "left alone", folder / "killed"
     begin = time.monotonic()
-    ends(start(alone))
+    ends(start(run, alone))
     whole = time.monotonic() - begin
     moments, count, resumed, same = random.Random(seed), 0, 0, []
     while count < kills:
         begun = (out / "pretraining.pt").exists()
-        if killed(start(out), moments.uniform(0, 0.9 * whole)):
+        if killed(start(run, out), moments.uniform(0, 0.9 * whole)):
             count, resumed = count + 1, resumed + (begun or (out / "pretraining.pt").exists())
         else:  # finished between two kills: again from the beginning
             same.append(equal(alone, out))
             shutil.rmtree(out)
-    ends(start(out))
+    ends(start(run, out))
     same.append(equal(alone, out))
     print(json.dumps({"kills": count, "resumed": resumed, "finished": len(same), "same": all(same)}))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch._dynamo  # as optimisers do when they are made: here once, not in each of the processes
+from forks import start
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,6 +58,7 @@ def train(folder: Path) -> None:
     ]
     method = Method(extractor, nn.Linear(8, 3), terms)
     unfreezing = GradualUnfreezing(method, lr=0.01, decay=0.5, every=2)
+    folder.mkdir(exist_ok=True)
     fit(
         method,
         source,
@@ -77,21 +79,6 @@ def train(folder: Path) -> None:
     os.replace(folder / "weights.unfinished", folder / "weights.pt")
 
 
-def start(folder: Path) -> int:
-    """Train in a process of its own, with torch imported already."""
-    folder.mkdir(exist_ok=True)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            train(folder)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return child
-
-
 def wait(child: int, seconds: float = math.inf) -> bool:
     """Whether it ends within so many seconds, without an error; asks again and again."""
     until = time.monotonic() + seconds
@@ -109,13 +96,13 @@ def wait(child: int, seconds: float = math.inf) -> bool:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     begin = time.monotonic()
-    wait(start(folder / "left alone"))
+    wait(start(train, folder / "left alone"))
     whole = time.monotonic() - begin
     moments, checkpoint = random.Random(seed), folder / "killed" / "checkpoint.pt"
     count, resumed, finished = 0, 0, []
     while count < kills:
         before = written(checkpoint)
-        child = start(folder / "killed")
+        child = start(train, folder / "killed")
         if count % 2:  # some while after it has got further; else at any moment, the first ones included
             while not wait(child, 0) and written(checkpoint) == before:
                 pass
@@ -127,7 +114,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
         os.waitpid(child, 0)
         count += 1
         resumed += checkpoint.exists()
-    wait(start(folder / "killed"))
+    wait(start(train, folder / "killed"))
     finished.append(same(folder))
     print(json.dumps({"kills": count, "resumed": resumed, "finished": len(finished), "same": all(finished)}))
 

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from ..data_files.labels import UNKNOWN
 from ..shift import ShiftReport, diagnose, recommend
 from ..shift.advice import TITLES
 from ..shift.samples import LEAST_SAMPLES
 from .settings import ALIGNING, TRAINED_ON_TARGET_LABELS, Settings
-from .task import UNKNOWN, Task
+from .task import Task
 
 OF_ADVICE = {
     "none": "source-only",

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data_files.labels import UNKNOWN
 from ..shift import coral_distance, mmd, proxy_a_distance
 from ..shift.label_shift import wilson_interval
 from ..shift.samples import LEAST_SAMPLES, standardised
 from .model import AdaptedModel
-from .task import UNKNOWN
 from .training import Data
 
 MOST = 2000

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..data_files import Samples, open_samples
+from ..data_files.labels import UNKNOWN
 from ..files import check_writable
 from ..progress import progress_bar
 from .measure import Accuracy
 from .model import AdaptedModel, load_model
 from .predictions import write_predictions
-from .task import UNKNOWN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data_files.labels import UNKNOWN
 from ..ops import class_means, prototype_log_softmax
-from .task import UNKNOWN
 
 PRIOR = 5
 """Labelled target samples that a prototype of the source counts as."""

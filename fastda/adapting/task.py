@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data_files.labels import UNKNOWN
 from ..reference import checks
 
-UNKNOWN = -1
 HELD_OUT = 5
 """Every fifth labelled sample of a class is held out."""
 LEAST_HELD_OUT = 2  # of a source class that has at least twice as many

@@ -9,6 +9,7 @@ import numpy as np
 from ..reference import checks
 
 UNKNOWN = -1
+"""The index of no class, of a sample whose label is not known."""
 LARGEST = 2**53  # beyond, float64 has no odd numbers
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from ..data_files.labels import UNKNOWN
 from ..reference import checks
 from .distances import CORALDistance, coral_distance, proxy_a_distance
 from .feature_tests import feature_labels, feature_tests
@@ -16,14 +17,7 @@ from .logistic import cross_fitted
 from .mmd import MMD, mmd
 from .report import Confidence, ShiftReport, Test
 from .reweighting import ConceptDrift, concept_drift, density_ratio, label_residual, weighted_residual
-from .samples import (
-    LEAST_SAMPLES,
-    UNKNOWN,
-    as_label_list,
-    as_pair,
-    as_probabilities,
-    standardised,
-)
+from .samples import LEAST_SAMPLES, as_label_list, as_pair, as_probabilities, standardised
 
 EXPLAINED = 0.5
 """Where more than frequencies differ, label shift is named too if class weights remove this share of MMD²."""

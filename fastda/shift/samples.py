@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data_files.labels import UNKNOWN
 from ..reference import checks
 
-UNKNOWN = -1
 LEAST_SAMPLES = 20  # a domain: below, no test could tell anything
 
 
