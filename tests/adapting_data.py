@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastda import cli
 
@@ -51,13 +50,8 @@ def write_clouds(folder: Path) -> None:
 
 
 def call(*arguments: object) -> int:
-    """`fastda` in this process, on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return cli.main([str(argument) for argument in arguments])
-    finally:
-        torch.set_num_threads(before)
+    """`fastda` in this process."""
+    return cli.main([str(argument) for argument in arguments])
 
 
 def predictions(path: Path) -> list[dict[str, str]]:

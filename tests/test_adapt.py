@@ -17,6 +17,8 @@ from adapting_data import NAMES, QUICK, call, clouds, gain, images, predictions,
 from fastda.adapting import adapt, load_model
 from fastda.adapting.folder import RESULTS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TESTS = Path(__file__).parent
 
 

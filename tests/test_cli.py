@@ -16,6 +16,8 @@ from fastda import cli
 from fastda.kernels import cpp
 from fastda.version import __version__
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_help_names_every_command_and_an_example(capsys):
     with pytest.raises(SystemExit) as stopped:

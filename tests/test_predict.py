@@ -11,6 +11,8 @@ from adapting_data import NAMES, call, clouds, images, predictions, write_clouds
 
 from fastda.adapting import adapt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

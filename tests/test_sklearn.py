@@ -17,6 +17,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fastda.sklearn import CORALClassifier, DANNClassifier, PrototypeClassifier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSIFIERS = [
     CORALClassifier(epochs=3, random_state=0),
     DANNClassifier(epochs=3, random_state=0),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import fastda
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rows_mean(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     """Of no rows: NaN."""

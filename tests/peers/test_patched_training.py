@@ -11,6 +11,8 @@ from fastda.benchmarks import patched_training
 from fastda.benchmarks.patched_training import SCRIPTS, Script, compare
 from fastda.benchmarks.peers import PeerMissing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_losses_are_the_same(script):

@@ -18,6 +18,8 @@ import fastda
 from fastda.patching import command
 from fastda.patching.libraries import replacements_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def held(replacement):
     """What the library has in the place of a replacement."""
