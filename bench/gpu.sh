@@ -4,8 +4,8 @@
 # The record also holds the ceilings that shares of the limit refer to: copy, and matrix products in float32 and bf16.
 # Needs torch, nvcc, pybind11, pytest and hypothesis; no network. PYTHON chooses the interpreter, BUDGET the seconds of
 # timing a case. Every step has a log in OUTDIR and a time limit; all end within 8 minutes, the benchmarks with what the
-# steps before left of them. Exit status: 0 if all went well, else that of the first step that failed. The benchmarks run
-# even if tests fail, and write the record after each case: one that was cut short says "complete": false.
+# steps before left of them. Exit status: 0 if all went well, else that of the first step that failed. The benchmarks
+# run even if tests fail, and write the record after each case: one that was cut short says "complete": false.
 set -uo pipefail
 
 if [ $# -ne 1 ]; then

@@ -133,9 +133,8 @@ def plot_ratios(cases: Sequence[dict], path: Path) -> bool:
         verdicts = [outcome["reached"] for outcome in case["figures"]]
         colour = MISSED if False in verdicts else REACHED if True in verdicts else UNJUDGED
         axes.barh(place, ratio["ratio"] - 1, left=1, color=colour, height=0.7)
-        axes.annotate(
-            f" {ratio['ratio']:.2g}× {ratio['against']}", (max(ratio["ratio"], 1), place), va="center", fontsize="x-small"
-        )
+        text = f" {ratio['ratio']:.2g}× {ratio['against']}"
+        axes.annotate(text, (max(ratio["ratio"], 1), place), va="center", fontsize="x-small")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [case["name"] for case, _ in reversed(rows)], fontsize="x-small")
     axes.set(xscale="log", xlabel="time of the best baseline / time of fastda (red: a figure to reach is missed)")

@@ -53,12 +53,12 @@ _interpreter: torch.library.Library | None = None  # while it lives, Triton's la
 
 
 class use_backend:
-    """Choose the backend of all ops, process-wide: `fastda.use_backend("reference")`, or for a while, in a `with` block.
+    """Choose the backend of all ops, process-wide: `fastda.use_backend("reference")`, or for a while in a `with` block.
 
     Args:
-        name: "auto" chooses by device; "reference" is plain PyTorch everywhere; "cpp" the compiled core, on CPU tensors;
-            "cuda" its kernels for CUDA tensors; "triton" the Triton kernels, on CUDA tensors (and on CPU tensors where
-            TRITON_INTERPRET=1 is set).
+        name: "auto" chooses by device; "reference" is plain PyTorch everywhere; "cpp" the compiled core, on CPU
+            tensors; "cuda" its kernels for CUDA tensors; "triton" the Triton kernels, on CUDA tensors (and on CPU
+            tensors where TRITON_INTERPRET=1 is set).
 
     Raises:
         ValueError: an unknown name.
@@ -121,10 +121,11 @@ def serve(op: str, x: Tensor) -> str:
         _tell(op, device, f"the backend {_requested} has no kernel of it")
         return "reference"
     if device not in _devices(_requested):
-        interpreter = ", set TRITON_INTERPRET=1 before Triton is imported" * (_requested == "triton" and device == "cpu")
+        is_interpretable = _requested == "triton" and device == "cpu"
+        interpreter = ", set TRITON_INTERPRET=1 before Triton is imported" if is_interpretable else ""
         raise RuntimeError(
-            f"{op}: backend {_requested!r} was asked for and serves {' and '.join(_devices(_requested))} tensors, got one on "
-            f'{x.device}; move it{interpreter}, or choose fastda.use_backend("auto")'
+            f"{op}: backend {_requested!r} was asked for and serves {' and '.join(_devices(_requested))} tensors, "
+            f'got one on {x.device}; move it{interpreter}, or choose fastda.use_backend("auto")'
         )
     return _requested
 
@@ -166,7 +167,8 @@ def _reason_absent(backend: str) -> str:
         if launchers.ABSENT:
             return launchers.ABSENT
         if not torch.cuda.is_available() and not launchers.interpreted():
-            return "there is no CUDA device; to run on the CPU, slowly, set TRITON_INTERPRET=1 before Triton is imported"
+            switch = "TRITON_INTERPRET=1 before Triton is imported"
+            return f"there is no CUDA device; to run on the CPU, slowly, set {switch}"
     return ""
 
 

@@ -69,7 +69,7 @@ COMMANDS = {
     "predict": Command(
         module="fastda.adapting.predict_command",
         summary="classify samples with a model that fastda adapt wrote",
-        example="fastda predict adapted shift/target_test.npz --out predictions.csv  # after the example of fastda adapt",
+        example="fastda predict adapted shift/target_test.npz --out predictions.csv  # after fastda adapt's example",
         extra="adapt",
     ),
     "sinusoid": Command(

@@ -25,11 +25,14 @@ def dann_lambda(progress: float, gamma: float = 10.0) -> float:
         [0.0, 0.462, 0.987, 1.0]
     """
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress: expected a share of training in [0, 1], got {progress}; divide the step by their number")
+        cure = "divide the step by the number of steps"
+        raise ValueError(f"progress: expected a share of training in [0, 1], got {progress}; {cure}")
     return math.tanh(gamma * progress / 2)  # the same, and never overflows
 
 
-def warm_start_lambda(step: int, alpha: float = 1.0, low: float = 0.0, high: float = 1.0, max_steps: int = 1000) -> float:
+def warm_start_lambda(
+    step: int, alpha: float = 1.0, low: float = 0.0, high: float = 1.0, max_steps: int = 1000
+) -> float:
     r"""λ of TLlib's warm start, from `low` towards `high`.
 
     .. math:: \lambda = \frac{2 (h - l)}{1 + e^{-\alpha i / N}} - (h - l) + l
@@ -60,7 +63,9 @@ def warm_start_lambda(step: int, alpha: float = 1.0, low: float = 0.0, high: flo
 def normalised_lambda(step: int, max_steps: int, lambda_max: float = 1.0, gamma: float = 1.0) -> float:
     r"""λ of the library adapt, from 0 to exactly `lambda_max` at the last step.
 
-    .. math:: \lambda = \lambda_{max} \, \frac{2 / (1 + e^{-\gamma p}) - 1}{2 / (1 + e^{-\gamma}) - 1}, \qquad p = \min(i / N, 1)
+    .. math::
+        \lambda = \lambda_{max} \, \frac{2 / (1 + e^{-\gamma p}) - 1}{2 / (1 + e^{-\gamma}) - 1},
+        \qquad p = \min(i / N, 1)
 
     Args:
         step: i, the number of training steps done; at least 0.

@@ -3,9 +3,9 @@
 # UndefinedBehaviorSanitizer.
 #
 # Compiles the core with both into a scratch folder, beside the packages of the interpreter (PYTHON=... chooses it), and
-# runs the whole test suite on it, or what is named. --short: the tests that call every kernel in its least sizes, in two
-# minutes beside the compilation. Any finding ends the run with the address and the stack. Needs g++ with its sanitizers.
-# FASTDA_SANITIZED=FOLDER keeps the compiled package there, and uses one that is there already.
+# runs the whole test suite on it, or what is named. --short: the tests that call every kernel in its least sizes, in
+# two minutes beside the compilation. Any finding ends the run with the address and the stack. Needs g++ with its
+# sanitizers. FASTDA_SANITIZED=FOLDER keeps the compiled package there, and uses one that is there already.
 set -euo pipefail
 
 python=${PYTHON:-python}

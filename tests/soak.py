@@ -35,7 +35,8 @@ def revision() -> str:
     """The last commit that changed what is tested."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words, "--", *TESTED], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        command = ["git", *words, "--", *TESTED]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
     return git("log", "-1", "--format=%h", "--abbrev=12").strip() + " with changes" * bool(git("status", "--porcelain"))
 
@@ -72,11 +73,11 @@ def soak(op: str, profile: str, of: str) -> dict[str, object]:
 def table(record: dict) -> str:
     lines = [
         "# Random examples an op\n",
-        f"{record['processor']}: values and gradients of each op against its reference, over sizes (0, 1, primes, blocks "
-        "± 1), batches, dtypes, layouts, label distributions and options that hypothesis draws; gradients of every input, "
-        "for random incoming gradients. Allowed are twice the reference's own error plus 4·eps of the true value, in "
-        "float64, where the truth is no more exact than the reference, three times plus 8·eps. The revision is the "
-        "last one that changed kernels, ops or reference. `python tests/soak.py` adds to it.\n",
+        f"{record['processor']}: values and gradients of each op against its reference, over sizes (0, 1, primes, "
+        "blocks ± 1), batches, dtypes, layouts, label distributions and options that hypothesis draws; gradients of "
+        "every input, for random incoming gradients. Allowed are twice the reference's own error plus 4·eps of the true "
+        "value, in float64, where the truth is no more exact than the reference, three times plus 8·eps. The revision "
+        "is the last one that changed kernels, ops or reference. `python tests/soak.py` adds to it.\n",
         "| op | examples | failures | seconds | date | PyTorch | revision |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

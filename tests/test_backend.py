@@ -103,7 +103,9 @@ def test_an_op_without_a_kernel_is_the_reference_itself(op):
 
 def run(variable, program):
     environment = os.environ | {"FASTDA_BACKEND": variable}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=os.path.dirname(sys.executable))
+    elsewhere = os.path.dirname(sys.executable)
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=elsewhere)
 
 
 def test_the_environment_variable_chooses():

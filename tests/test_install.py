@@ -145,7 +145,7 @@ def test_one_version_everywhere():
 
 @with_kernels
 def test_from_the_repository_the_installed_library_is_loaded():
-    code = "import fastda, json; from fastda.kernels.cpp import status; print(json.dumps([fastda.__file__, vars(status)]))"
+    code = "import fastda, json; from fastda.kernels import cpp; print(json.dumps([fastda.__file__, vars(cpp.status)]))"
     file, status = json.loads(run_python(code, cwd=ROOT).stdout)
     assert Path(file).parents[1] == ROOT
     assert status["available"], status["reason"]

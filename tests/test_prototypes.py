@@ -605,7 +605,7 @@ def test_an_episode_by_hand(module, peer):
         module, metric="euclidean" if peer == "easyfsl" else "sqeuclidean"
     )
     assert loss.item() == pytest.approx(math.log1p(math.exp(1 - root if peer == "easyfsl" else -9.0)), rel=1e-12)
-    # ∂loss/∂d is `other` for class 0, −`other` for class 1; ∂d/∂q is (0, 1) and (1, −3)/√10, or twice (0, 1) and (1, −3)
+    # ∂loss/∂d is `other` for class 0, −`other` for class 1; ∂d/∂q is (0, 1) and (1, −3)/√10, or twice (0, 1), (1, −3)
     near, far = ((0.0, 1.0), (1 / root, -3 / root)) if peer == "easyfsl" else ((0.0, 2.0), (2.0, -6.0))
     assert of_query[0].tolist() == pytest.approx([other * (a - b) for a, b in zip(near, far)], rel=1e-12)
     for sample, label in enumerate(LABELS.tolist()):

@@ -29,7 +29,8 @@ def test_warm_start_lambda():
     assert schedules.warm_start_lambda(0, low=0.2, high=0.8) == pytest.approx(0.2)
     assert schedules.warm_start_lambda(1000) == pytest.approx(math.tanh(0.5))  # 0.462: not clamped to its limit
     assert schedules.warm_start_lambda(2000) == pytest.approx(math.tanh(1.0))
-    assert schedules.warm_start_lambda(10, alpha=3.0, low=1.0, high=3.0, max_steps=20) == pytest.approx(1 + 2 * math.tanh(0.75))
+    found = schedules.warm_start_lambda(10, alpha=3.0, low=1.0, high=3.0, max_steps=20)
+    assert found == pytest.approx(1 + 2 * math.tanh(0.75))
 
 
 def test_normalised_lambda():

@@ -156,7 +156,7 @@ def test_corals_test_sees_covariances_and_nothing_else():
         ((np.ones((3, 2)), np.ones((3, 4))), {}, ValueError, "target: expected as many features as source, 2, got 4"),
         ((np.ones(3), np.ones((3, 4))), {}, ValueError, r"source: expected samples × features, got shape \(3,\)"),
         (([["a"]], np.ones((3, 4))), {}, TypeError, "source: expected a tensor or array of numbers"),
-        ((np.ones((3, 2)), np.array([[1, 2], [3, np.nan]])), {}, ValueError, "target: .* 1 NaN or Inf, .* sample 1, feature 1"),
+        ((np.ones((3, 2)), [[1, 2], [3, np.nan]]), {}, ValueError, "target: .* 1 NaN or Inf, .* sample 1, feature 1"),
         ((np.ones((3, 2)), np.ones((3, 2))), {"bandwidth": 0}, ValueError, "bandwidth: expected a number > 0"),
         ((np.ones((3, 2)), np.ones((3, 2))), {"permutations": -1}, ValueError, "permutations: expected at least 0"),
     ],

@@ -305,7 +305,7 @@ def _training_step_work(sizes, itemsize) -> Work:
 
 
 def _maml_work(sizes, itemsize) -> Work:
-    """Of each task, the products of both passes and of the second derivative: by their formulas ten times the network's."""
+    """Of each task, the products of both passes and of the second derivative: by formula ten times the network's."""
     points = sizes["tasks"] * sizes["shots"]
     products = 2 * points * (fewshot.HIDDEN**2 + 2 * fewshot.HIDDEN)
     return Work(10 * products, 4 * points * itemsize)

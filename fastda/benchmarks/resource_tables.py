@@ -9,8 +9,9 @@ def markdown(record: dict) -> str:
     targets = list(dict.fromkeys(row["target"] for row in rows))
     parts = [
         "# Registers, spills and shared memory of the Triton kernels",
-        f"Compiled by Triton {record['triton']} without a GPU, at the block sizes that the cases choose; float32 products "
-        f"at precision “{record['precision']}”. Registers and spilled bytes are those of a thread, shared bytes of a block.",
+        f"Compiled by Triton {record['triton']} without a GPU, at the block sizes that the cases choose; float32 "
+        f"products at precision “{record['precision']}”. Registers and spilled bytes are those of a thread, shared "
+        "bytes of a block.",
     ]
     if record["cases"]:
         parts.append(f"Of the cases that have one of these in their names: {', '.join(record['cases'])}.")

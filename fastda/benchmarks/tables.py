@@ -22,8 +22,8 @@ def aligned(table: str) -> str:
     widths = [max(map(len, column)) for column in zip(head, *body)]
     lines = [head, ["─" * width for width in widths], *body]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
-        for line in lines
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]).rstrip()
+        for first, *others in lines
     )
 
 

@@ -389,7 +389,7 @@ def compiled_with_gradients(function: Callable) -> Callable:
             return function(*arguments)
 
     def compile(dynamic: bool | None) -> Callable:
-        # A code and a name of its own: by these PyTorch tells what shapes it has seen, and limits how often it compiles.
+        # A code and a name of its own: by these PyTorch tells what shapes it has seen, and limits its compilations.
         code = traced.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
         copied = FunctionType(code, globals(), None, None, traced.__closure__)
         return torch.compile(copied, fullgraph=True, dynamic=dynamic, options={"guard_filter_fn": guards_of_values})

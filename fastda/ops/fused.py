@@ -1,8 +1,9 @@
 """How a kernel becomes an op of `torch.ops.fastda`: schemas, shapes, vmap, and the derivatives beyond the first.
 
-An op is four things: a kernel for its value, a kernel for its gradient (both in csrc/ and kernels/), the shapes of their
-results (the fakes), and the formula that says what it computes. csrc/autograd.cpp joins the two kernels in PyTorch's Autograd
-key, so that eager mode, torch.func and torch.compile share one lane; the derivative of a gradient is that of the formula.
+An op is four things: a kernel for its value, a kernel for its gradient (both in csrc/ and kernels/), the shapes of
+their results (the fakes), and the formula that says what it computes. csrc/autograd.cpp joins the two kernels in
+PyTorch's Autograd key, so that eager mode, torch.func and torch.compile share one lane; the derivative of a gradient is
+that of the formula.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def fused(schema: str, fake: Callable, backward_schema: str, backward_fake: Call
     """Define an op and its backward op; returns the op.
 
     schema: `name(tensors..., constants...) -> (values..., saved...)`, the differentiable tensors first.
-    backward_schema: `name_backward(grad_x, ..., tensors..., saved..., constants..., bool need_a, ...) -> (grad_a, ...)`, one
-        `grad_` for each value, one `need_` and one result for each differentiable tensor; a gradient that is not needed comes
+    backward_schema:
+        `name_backward(grad_x, ..., tensors..., saved..., constants..., bool need_a, ...) -> (grad_a, ...)`, one `grad_`
+        for each value, one `need_` and one result for each differentiable tensor; a gradient that is not needed comes
         back with shape (0,).
     formula: `(*tensors, *constants) -> values` in plain PyTorch, one tensor or a tuple.
     """
@@ -74,8 +76,8 @@ def second_order(
 ) -> list[Tensor]:
     """Derivative of an op's gradient, called by csrc/autograd.cpp: differentiate the formula twice.
 
-    operands: the incoming gradients of the first derivative, then the op's tensors. Returns a gradient for each of the former
-    and for each differentiable tensor.
+    operands: the incoming gradients of the first derivative, then the op's tensors. Returns a gradient for each of the
+    former and for each differentiable tensor.
     """
     formula, values, count = _formulas[op]
     grads, variables, labels = operands[:values], operands[values : values + count], operands[values + count :]

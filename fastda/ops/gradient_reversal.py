@@ -14,8 +14,10 @@ from ..reference.gradient_reversal import check_linear, check_reversal, each_lay
 from .fused import define, library
 from .specification import specified_by
 
-# For torch.func, which cannot see a view that is made outside of the dispatcher: a copy. λ is one for each batch element.
-_gradient_reversal = define("gradient_reversal(Tensor x, Tensor lambd) -> Tensor", lambda x, lambd: x.new_empty(x.shape))
+# For torch.func, which cannot see a view that is made outside of the dispatcher: a copy. One λ for each batch element.
+_gradient_reversal = define(
+    "gradient_reversal(Tensor x, Tensor lambd) -> Tensor", lambda x, lambd: x.new_empty(x.shape)
+)
 
 # g₁ − λ·g₂ in one launch for all layers: the nodes call it where λ is on a GPU.
 library.define(

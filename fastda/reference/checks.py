@@ -97,13 +97,14 @@ def enough_samples(name: str, count: int, correction: int) -> None:
 def labels(name: str, value: Tensor, shape: tuple[int, ...], features_name: str, features: Tensor) -> Tensor:
     """Check integer labels, one for each sample of `features`; returns int64."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of integers, got {describe(value)}; wrap it in torch.as_tensor(...)")
+        cure = "wrap it in torch.as_tensor(...)"
+        raise TypeError(f"{name}: expected a tensor of integers, got {describe(value)}; {cure}")
     if value.dtype not in INTEGER:
         raise TypeError(f"{name}: expected integers, got {describe(value)}; convert it with .long()")
     if value.shape != shape:
         raise ValueError(
-            f"{name}: expected shape {tuple(shape)}, one label for each sample of {features_name}, got {describe(value)}; "
-            f"expand or reshape the labels"
+            f"{name}: expected shape {tuple(shape)}, one label for each sample of {features_name}, "
+            f"got {describe(value)}; expand or reshape the labels"
         )
     if value.device != features.device:
         raise ValueError(
@@ -116,7 +117,8 @@ def labels(name: str, value: Tensor, shape: tuple[int, ...], features_name: str,
 def option(name: str, value: str, known: Sequence[str]) -> str:
     """One of a few strings."""
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {describe(value)}; choose one of them")
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"{name}: expected one of {names}, got {describe(value)}; choose one of them")
     return value
 
 

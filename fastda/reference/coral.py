@@ -49,7 +49,7 @@ def coral_loss(
     .. math:: L = s \, \lVert C_s - C_t \rVert_F^2 + \text{mean\_weight} \cdot \tfrac1D \lVert \mu_s - \mu_t \rVert^2
 
     with the unbiased covariances C (see :func:`fastda.covariance`) and means μ of the two domains. Added to the task
-    loss it pulls the domains together: L_total = L_task + α·L. With the paper's scale useful α lie between 100 and 1000.
+    loss it pulls the domains together: L_total = L_task + α·L. With the paper's scale useful α are 100 to 1000.
 
     Args:
         source: features of shape `(..., Ns, D)`. float32, float64, bfloat16 or float16.
@@ -68,7 +68,8 @@ def coral_loss(
 
     Raises:
         TypeError: features that are not floating tensors.
-        ValueError: shapes or devices that do not fit, fewer than `correction + 1` samples in a domain, an unknown option.
+        ValueError: shapes or devices that do not fit, fewer than `correction + 1` samples in a domain, an unknown
+            option.
 
     Differentiable any number of times with respect to both inputs. NaN and Inf propagate. Blind spot: domains whose
     covariances agree while higher moments differ have loss 0.
@@ -156,8 +157,8 @@ def each_layer(call: Callable, sources, targets, weights) -> list:
             raise TypeError(f"{name}: expected a list, one entry a layer, got {checks.describe(layers)}; pass a list")
     if len(sources) == 0 or len(sources) != len(targets):
         raise ValueError(
-            f"targets: expected as many layers as sources, at least one; got {len(sources)} sources, {len(targets)} targets; "
-            f"pass one pair of features a layer"
+            f"targets: expected as many layers as sources, at least one; got {len(sources)} sources, "
+            f"{len(targets)} targets; pass one pair of features a layer"
         )
     if weights is not None and len(weights) != len(sources):
         raise ValueError(f"weights: expected one a layer, {len(sources)}, got {len(weights)}; pass as many as layers")

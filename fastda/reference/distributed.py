@@ -25,8 +25,8 @@ class _AllReduceSum(torch.autograd.Function):
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `x` over the processes of `group`, on each of them.
 
-    A loss L that every process computes from such sums has the gradient W·∂L/∂x on each of the W processes, and the mean
-    that DistributedDataParallel takes of them is the gradient of one process on the whole batch.
+    A loss L that every process computes from such sums has the gradient W·∂L/∂x on each of the W processes, and the
+    mean that DistributedDataParallel takes of them is the gradient of one process on the whole batch.
     """
     return _AllReduceSum.apply(x, group)
 

@@ -44,7 +44,7 @@ def domain_adversarial_loss(
     .. math:: L = \tfrac12 \left( \frac{\sum_i w_i \log(1 + e^{-s_i})}{\sum_i w_i}
                   + \frac{\sum_j v_j \log(1 + e^{t_j})}{\sum_j v_j} \right)
 
-    The whole objective of DANN is L_y − λ·L_d, the minus sign being the gradient reversal between features and classifier.
+    The objective of DANN is L_y − λ·L_d, the minus sign being the gradient reversal between features and classifier.
 
     Args:
         source_logits: domain logits s of the source samples, any shape, each element one logit. float32, float64,

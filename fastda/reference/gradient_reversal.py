@@ -59,8 +59,8 @@ class _Reverse(torch.autograd.Function):
 def _reverse(x: Tensor, lambd: float | Tensor) -> Tensor:
     lambd = scalar_lambda(x, lambd)
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # torch.compile inlines the forward of a Function under torch.func and loses its backward (seen up to torch 2.13).
-        # The difference is 0 and has the gradient −λ; for features that are not finite the gradient is 0.
+        # torch.compile inlines the forward of a Function under torch.func and loses its backward (seen up to torch
+        # 2.13). The difference is 0 and has the gradient −λ; for features that are not finite the gradient is 0.
         return x.detach() + ((x.detach() - x) * lambd).nan_to_num().to(x.dtype)
     return _Reverse.apply(x, lambd)
 
@@ -87,8 +87,8 @@ def gradient_reversal(x: Tensor, lambd: float | Tensor = 1.0) -> Tensor:
         ValueError: `lambd` is not finite, or has more than one element or another device.
         RuntimeError: forward-mode differentiation, which the reversal has not.
 
-    Differentiable any number of times with respect to `x`. λ = 0 multiplies by zero, so that Inf and NaN in the incoming
-    gradient become NaN.
+    Differentiable any number of times with respect to `x`. λ = 0 multiplies by zero, so that Inf and NaN in the
+    incoming gradient become NaN.
 
     Source: Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 2016.
 
@@ -206,7 +206,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.floating("weight", weight)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
-            f"weight: expected shape (outputs, features of x), got {checks.describe(weight)} for x, {checks.describe(x)}"
+            f"weight: expected shape (outputs, features of x), got {checks.describe(weight)} "
+            f"for x, {checks.describe(x)}"
         )
     if bias is not None:
         checks.floating("bias", bias)
@@ -218,7 +219,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if parameter.device != x.device:
             raise ValueError(
-                f"{name}: expected the device of x, {x.device}, got {checks.describe(parameter)}; move it with .to(device)"
+                f"{name}: expected the device of x, {x.device}, got {checks.describe(parameter)}; "
+                "move it with .to(device)"
             )
         if parameter.dtype != x.dtype and not autocast:
             raise TypeError(

@@ -48,8 +48,8 @@ def check_means(support, labels, num_classes) -> Tensor:
 def labels_in_range(name: str, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor | None]:
     """Labels that can index, and which of them were valid.
 
-    On the CPU a label out of range is an IndexError (None is returned: all are valid). Elsewhere reading the labels would
-    synchronise, so they are replaced by 0 and it is the caller's part to make their results NaN.
+    On the CPU a label out of range is an IndexError (None is returned: all are valid). Elsewhere reading the labels
+    would synchronise, so they are replaced by 0 and it is the caller's part to make their results NaN.
     """
     if labels.device.type != "cpu":
         valid = (labels >= 0) & (labels < num_classes)
@@ -226,7 +226,8 @@ def nearest_prototype(
 
     Example:
         >>> import torch, fastda
-        >>> distances, indices = fastda.nearest_prototype(torch.tensor([[0.9]]), torch.tensor([[0.0], [1.0], [5.0]]), k=2)
+        >>> prototypes = torch.tensor([[0.0], [1.0], [5.0]])
+        >>> distances, indices = fastda.nearest_prototype(torch.tensor([[0.9]]), prototypes, k=2)
         >>> indices
         tensor([[1, 0]])
     """
@@ -258,7 +259,7 @@ def check_k(k: int, prototypes: Tensor) -> int:
 def class_logits(
     queries: Tensor, prototypes: Tensor, metric: str, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """−d/T, −Inf for an empty class; and which classes are empty. A tensor T has one value for all, or one a batch element."""
+    """−d/T, −Inf for an empty class; and which classes are empty. A tensor T has one value, or one a batch element."""
     distances, is_empty = _distances_and_empty(queries, prototypes, metric)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(distances.dtype)[..., None, None]
@@ -436,8 +437,8 @@ def prototypical_loss(
         metric, temperature: as in :func:`fastda.prototype_log_softmax`.
         reduction: "mean" over all queries of all episodes, "sum" or "none".
         process_group: a `torch.distributed` group over whose processes support and queries are spread: means and loss
-            are those of the whole, and the mean of the gradients over the processes (what DistributedDataParallel takes)
-            is the gradient of one process. Not under torch.func or torch.compile.
+            are those of the whole, and the mean of the gradients over the processes (what DistributedDataParallel
+            takes) is the gradient of one process. Not under torch.func or torch.compile.
 
     Returns:
         A scalar, or `(..., Q)` for "none" (this process's queries); float64 for float64 features, else float32.
@@ -445,8 +446,8 @@ def prototypical_loss(
     Raises:
         TypeError: features that are not floating tensors, labels that are not integers.
         ValueError: shapes or devices that do not fit, an unknown option, a temperature that is not positive.
-        IndexError: a label out of range, on the CPU. On a GPU: a query label makes that query's loss NaN, a support label
-            all losses of its episode.
+        IndexError: a label out of range, on the CPU. On a GPU: a query label makes that query's loss NaN, a
+            support label all losses of its episode.
 
     Differentiable any number of times with respect to support, queries and temperature.
 
