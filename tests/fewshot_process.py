@@ -1,8 +1,6 @@
-"""What each process of test_fewshot_processes.py runs, under torchrun: `fewshot_process.py FOLDER`."""
+"""What each process of test_fewshot_processes.py runs. A module of its own, since processes are started by import."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 import torch.distributed as dist
@@ -61,10 +59,10 @@ def everything(share: slice, group) -> dict[str, object]:
     return found
 
 
-def main(folder: str) -> None:
+def on_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, group = dist.get_rank(), dist.group.WORLD
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    group = dist.group.WORLD
     found: dict[str, object] = {}
     for shares in SHARES:
         first = sum(shares[:rank])
@@ -74,7 +72,3 @@ def main(folder: str) -> None:
     found["accuracy"] = [accuracy.mean, accuracy.half_width]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

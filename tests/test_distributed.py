@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from ops_under_test import BY_NAME, Draw, each_module
 from process_group import CALLS, COLUMN, FEATURES, SIZES, STEPS, derivatives, on_process, share, step, whole_batch
+from processes import run_in_processes
 from tolerance import random_like
 from torch.testing import assert_close
 
@@ -19,7 +20,7 @@ import fastda.reference
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(on_process, (str(folder),), nprocs=3)
+    run_in_processes(on_process, str(folder), count=3)
     return folder
 
 

@@ -1,14 +1,11 @@
-"""Under torchrun two processes share tasks and episodes, and get what one process gets."""
+"""Two processes share tasks and episodes, and get what one process gets."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from pathlib import Path
 
 import fewshot_process as process
 import pytest
 import torch
+from processes import run_in_processes
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,9 +16,7 @@ from fastda.fewshot import PrototypicalNetwork, evaluate_episodes
 def found(tmp_path_factory):
     """What the two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, process.__file__, folder], capture_output=True, text=True, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
+    run_in_processes(process.on_process, str(folder), count=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
