@@ -365,7 +365,7 @@ template <typename T>
 void pack_across(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
                  T* norms) {
   using G = Grid<T>;
-  constexpr int64_t lanes = G::lanes, chunk = 64;
+  constexpr int64_t lanes = G::lanes, chunk = 16;  // terms of a norm that are summed in their own precision
   for (int64_t first = 0; first < width; first += lanes) {
     double norm[lanes] = {};
     for (int64_t begin = 0; begin < depth; begin += chunk) {
@@ -386,7 +386,10 @@ void pack_across(const T* x, int64_t stride, int64_t count, int64_t depth, const
           G::store(packed + (k + i) * width + first, x_rows[i]);
         }
       }
-      for (int64_t i = 0; norms && i < lanes; ++i) norm[i] += static_cast<double>(sum[i]);
+      T part[lanes];
+      G::store(part, sum);
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(part[i]);
     }
     for (int64_t i = 0; norms && i < lanes; ++i) norms[first + i] = static_cast<T>(norm[i]);
   }

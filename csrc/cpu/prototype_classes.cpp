@@ -87,6 +87,12 @@ void for_queries(Range queries, int64_t classes, const F& each) {
   });
 }
 
+// In double, whatever T is.
+template <typename T>
+T sum_of(const T* x, int64_t count) {
+  return static_cast<T>(std::accumulate(x, x + count, 0.0));
+}
+
 Tensor pairwise_distance(const Tensor& queries, const Tensor& prototypes, c10::string_view metric) {
   const KernelGuard guard;
   const Sizes n = sizes_of(queries, prototypes, metric);
@@ -225,7 +231,7 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (need_prototypes) finish_prototypes(to, grad_prototypes);
       if (need_temperature)
-        data<T>(of_temperature)[b] = std::accumulate(slopes.data(), slopes.data() + n.queries, T(0));
+        data<T>(of_temperature)[b] = sum_of(slopes.data(), n.queries);
     });
   });
   return {gradient_like(results.queries, queries, need_queries),
@@ -448,7 +454,7 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
         if (need_prototypes) finish_prototypes(to, of_block);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
-      if (need_temperature) data<T>(of_temperature)[b] = std::accumulate(slopes.begin(), slopes.end(), T(0));
+      if (need_temperature) data<T>(of_temperature)[b] = sum_of(slopes.data(), n.queries);
     });
   });
   return {gradient_like(results.queries, queries, need_queries),
@@ -544,7 +550,7 @@ std::optional<WithGradients> prototype_cross_entropy_with_gradients(const c10::I
         });
       });
       if (needs[0]) from.through_directions(0, n.queries, grad_queries);
-      if (needs[2]) data<T>(of_temperature)[b] = std::accumulate(slopes.begin(), slopes.end(), T(0));
+      if (needs[2]) data<T>(of_temperature)[b] = sum_of(slopes.data(), n.queries);
       result.finish(b, state, n.classes, true);
     });
   });

@@ -224,9 +224,11 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     for_batch(n.batch, [&](int64_t b) {
       const auto grad_of = [&](int64_t i) { return n.reduces ? incoming[b] * share : incoming[b * n.queries + i]; };
       if (need_temperature) {
-        T total = 0;
-        for (int64_t i = 0; i < n.queries; ++i) total += grad_of(i) * slope.const_data_ptr<T>()[b * n.queries + i];
-        data<T>(of_temperature)[b] = total;
+        double total = 0;
+        for (int64_t i = 0; i < n.queries; ++i) {
+          total += static_cast<double>(grad_of(i) * slope.const_data_ptr<T>()[b * n.queries + i]);
+        }
+        data<T>(of_temperature)[b] = static_cast<T>(total);
       }
       if (!need_support && !need_queries) return;
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);

@@ -133,12 +133,18 @@ struct Lanes {
       for (int64_t i = 0; i < count; ++i) largest[i] = of_class[i] > largest[i] ? of_class[i] : largest[i];
     }
     for (int64_t i = 0; i < count; ++i) shift[i] = largest[i] == -infinity ? T(0) : largest[i];
-    for (int64_t c = 0; c < classes; ++c) {
-      T* of_class = l + c * count;
+    constexpr int64_t block = 8;  // of classes: sums of sums round less than one long sum
+    for (int64_t first = 0; first < classes; first += block) {
+      T part[count] = {};
+      for (int64_t c = first; c < least(first + block, classes); ++c) {
+        T* of_class = l + c * count;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) of_class[i] = exponential(of_class[i] - shift[i]);
+        for (int64_t i = 0; i < count; ++i) of_class[i] = exponential(of_class[i] - shift[i]);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) sum[i] += of_class[i];
+        for (int64_t i = 0; i < count; ++i) part[i] += of_class[i];
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
     }
   }
 
@@ -233,12 +239,17 @@ void weights_from_distances(T* row, const uint8_t* empty, int64_t classes, Metri
   }
 }
 
-// ∂L/∂l of a softmax (or its logarithm) from its probabilities and ∂L/∂p (∂L/∂log p).
+// ∂L/∂l of a softmax (or its logarithm) from its probabilities and ∂L/∂p (∂L/∂log p). What the probabilities add up to
+// is 1 but for what their common factor was rounded by, which falls out.
 template <typename T>
 void through_softmax(const T* p, const T* grad, int64_t classes, bool log, T* of_logit) {
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t c = 0; c < classes; ++c) total += log ? grad[c] : grad[c] * p[c];
+  double products = 0, sum = 0;
+#pragma omp simd reduction(+ : products, sum)
+  for (int64_t c = 0; c < classes; ++c) {
+    products += static_cast<double>(log ? grad[c] : grad[c] * p[c]);
+    sum += static_cast<double>(p[c]);
+  }
+  const T total = static_cast<T>(products / sum);
 #pragma omp simd
   for (int64_t c = 0; c < classes; ++c) of_logit[c] = log ? grad[c] - p[c] * total : p[c] * (grad[c] - total);
 }
