@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_under_test import BY_NAME, Draw, Sizes
+from ops_under_test import BY_NAME, Draw, Sizes, each_op
 from tolerance import assert_as_accurate_as_reference
 
 import fastda.reference
@@ -74,6 +74,24 @@ def test_rejects_what_is_finite_where_the_reference_is_not(bad):
     assert_as_accurate_as_reference(pairwise, pairwise, arguments)
     with pytest.raises(AssertionError):
         assert_as_accurate_as_reference(without_nan, pairwise, arguments)
+
+
+@each_op
+@pytest.mark.parametrize("error", [1e-5, -1.0], ids=["off by 1e-5", "dropped"])
+def test_rejects_one_wrong_feature(op, error):
+    """One feature (or logit) of one input is off wherever it comes in, or in the gradient alone."""
+    arguments = op.arguments(Draw(SIZES))
+    reference = op.of(fastda.reference)
+    for asking, x in op.differentiable(arguments).items():
+        factors = torch.ones(x.shape)
+        factors[..., -1] += error
+        for value, gradient in ((factors, factors), (1.0, factors)):
+
+            def wrong(asking=asking, value=value, gradient=gradient, **given):
+                return reference(**{**given, asking: Scaled.apply(given[asking], value, gradient)})
+
+            with pytest.raises(AssertionError, match="are wrong"):
+                assert_as_accurate_as_reference(wrong, reference, arguments, constant=op.constants)
 
 
 def permuted(name: str, order: torch.Tensor):
