@@ -5,6 +5,8 @@
 
 #include <c10/core/CPUAllocator.h>
 
+#include <atomic>
+
 namespace fastda {
 namespace {
 
@@ -15,11 +17,31 @@ constexpr int64_t block_depth = 192;  // a block of a panel fits into the first 
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
+// As at::parallel_for, but a thread that is done takes the next `at_once`: cores are seldom equally fast. What is found
+// may not depend on how the range is cut.
+template <typename F>
+void parallel_in_turn(int64_t count, int64_t at_once, const F& each) {
+  const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = std::min<int64_t>(available, blocks(count, at_once));
+  if (threads <= 1) {
+    if (count > 0) each(0, count);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(at_once)) < count;) each(begin, std::min(begin + at_once, count));
+  });
+}
+
 // Runs over the batch, on all threads where it has enough elements for them; else each element uses them all.
 template <typename F>
 void for_batch(int64_t batch, const F& each) {
-  const int64_t at_least = batch < at::get_num_threads() ? batch : 1;
-  at::parallel_for(0, batch, at_least, [&](int64_t begin, int64_t end) {
+  const int64_t threads = at::get_num_threads(), turns = 8;  // a turn is long beside taking it
+  if (batch < threads) {
+    for (int64_t b = 0; b < batch; ++b) each(b);
+    return;
+  }
+  parallel_in_turn(batch, std::max<int64_t>(1, batch / (threads * turns)), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) each(b);
   });
 }

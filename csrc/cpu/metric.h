@@ -17,6 +17,8 @@ struct PanelShape {
   int64_t rows, columns, depth;
 };
 
+constexpr int64_t classes_of_group = 5;  // whose gradients are found together with those of queries, in one pass
+
 // Where sums go: over what is there, onto it, or past the caches, which a large result would only empty.
 enum class Put { store, add, stream };
 

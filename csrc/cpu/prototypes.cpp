@@ -10,7 +10,7 @@
 
 #include "metric.h"
 
-#define FASTDA_LOOPS "prototypes_loops.h"
+#define FASTDA_LOOPS "episode_loops.h"
 #include "for_each_isa.h"
 
 #include "prototypes.h"
@@ -196,6 +196,53 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
   return {loss, prototypes, counts, weights, slopes};
 }
 
+constexpr int64_t most_groups = 2;  // of classes: beyond, the queries' gradients are better summed in registers
+
+// Gradients of all queries and prototypes from the weights, in one pass over the queries for each group of classes.
+// Each thread takes some columns.
+template <typename T>
+void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride, Metric metric,
+                           Put put, T* grad_queries, T* grad_prototypes) {
+  constexpr int64_t lanes = vector_bytes / sizeof(T);
+  const int64_t work = q.count() * p.count() * lanes;
+  at::parallel_for(0, q.depth() / lanes, thread_grain(2 * work), [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < p.count(); c += classes_of_group) {
+      FASTDA_RUN(gradients_of_group(metric == Metric::cosine, q.row(0), q.stride(), q.count(), p.row(c), p.stride(),
+                                    std::min(classes_of_group, p.count() - c), weights + c, stride, begin * lanes, end * lanes,
+                                    q.features(), c == 0 ? put : Put::add, grad_queries,
+                                    grad_prototypes + c * q.features(), q.features()));
+    }
+  });
+}
+
+// The same for many classes, by products: a thread packs only what belongs to its columns, and reads the queries' once
+// for both. False where differences have to be taken one by one: of few, or of what is not finite (where queries are
+// not, their weights are not either).
+template <typename T>
+bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride, Metric metric,
+                          T* grad_queries, T* grad_prototypes) {
+  const Range queries{0, q.count()}, classes{0, p.count()};
+  if (std::min({q.count(), p.count(), q.features()}) < worth_packing || !p.is_finite()) return false;
+  std::vector<double> of_queries(q.count(), 0), of_classes(p.count(), 0);
+  FASTDA_RUN(totals_of_weights(weights, stride, 1, q.count(), p.count(), of_queries.data()));
+  FASTDA_RUN(totals_of_weights(weights, 1, stride, p.count(), q.count(), of_classes.data()));
+  const auto is_finite = [](double total) { return std::isfinite(total); };
+  if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
+  const auto near_queries = centre_for(q, queries, metric), near_classes = centre_for(p, classes, metric);
+  constexpr int64_t panels = 4;  // whose columns are a turn's: the weights are packed again in each
+  const int64_t width = panels * panel_shape_of(T()).columns;
+  const auto find_some = [&](int64_t begin, int64_t end) {
+    const Range columns{begin * width, std::min(end * width, q.features())};
+    sum_packed(q, queries, p, classes, {weights, stride, 1}, {near_classes.data(), of_queries.data(), false}, metric,
+               columns, grad_queries);
+    sum_packed(p, classes, q, queries, {weights, 1, stride}, {near_queries.data(), of_classes.data(), false}, metric,
+               columns, grad_prototypes);
+  };
+  const int64_t work = 2 * q.count() * p.count() * width;
+  parallel_in_turn(blocks(q.features(), width), thread_grain(work), find_some);
+  return true;
+}
+
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
     const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts,
@@ -238,10 +285,17 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
                             incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
                             scaled.data(), stride));
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
-      const Put put =
-          need_queries && n.metric != Metric::cosine ? put_once(of_queries, grad_queries) : Put::store;
-      gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, put, grad_queries, Put::store,
-                             need_support ? of_prototypes.data() : nullptr);
+      const bool one_pass = need_queries && need_support && n.classes <= most_groups * classes_of_group;
+      const bool once = need_queries && n.metric != Metric::cosine && (!one_pass || n.classes <= classes_of_group);
+      const Put put = once ? put_once(of_queries, grad_queries) : Put::store;
+      T* prototype = need_support ? of_prototypes.data() : nullptr;
+      if (one_pass) {
+        gradients_in_one_pass(from, to, scaled.data(), stride, n.metric, put, grad_queries, prototype);
+      } else if (!need_queries || !need_support ||
+                 !gradients_by_columns(from, to, scaled.data(), stride, n.metric, grad_queries, prototype)) {
+        gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, put, grad_queries, Put::store,
+                               prototype);
+      }
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (!need_support) return;
       finish_prototypes(to, of_prototypes.data());
