@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -122,6 +123,14 @@ def test_first_order_is_that_of_a_loop_and_another_than_second_order(name):
     assert_same(maml, network, tasks, expected)
     with pytest.raises(AssertionError):
         assert_same(maml, network, tasks, loop(network, tasks, steps=2)[0])
+
+
+def test_what_is_compiled_is_the_second_order_of_a_loop(monkeypatch):
+    """As one graph; the slow tests below have its code generated too, and for other networks and shapes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    network, tasks = make("BatchNorm1d")
+    maml = MAML(network, mse_loss, inner_lr=RATE, inner_steps=2, compile=True)
+    assert_same(maml, network, tasks, loop(network, tasks, steps=2)[0])
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import inspect
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODULES = ("adapting", "methods", "training", "finetuning", "fewshot", "shift", "sklearn", "patching", "data_files")
 PUBLIC = [
     pytest.param(getattr(importlib.import_module(f"fastda.{module}"), name), id=f"{module}.{name}")

@@ -51,15 +51,15 @@ def test_the_digits_of_a_known_shift_are_in_one_domain_each():
 
 
 def test_no_shift_raises_few_alarms():
-    """At the 5 % level in all, whatever the number of tests: of 40 data sets 2, more than 5 once in 100 times."""
+    """At the 5 % level in all, whatever the number of tests: of 20 data sets 1, more than 4 once in 400 times."""
     alarms, generator = 0, torch.Generator().manual_seed(0)
-    for seed in range(40):
+    for seed in range(20):
         labels = torch.randint(0, 3, (160,), generator=generator)
         x = torch.randn(160, 4, generator=generator) + torch.eye(4)[labels] * 3
         report = diagnose(x[:90], x[90:], labels[:90], labels[90:], permutations=199, seed=seed, progress=False)
         assert report.recommendation.method == "none" or report.kinds
         alarms += bool(report.kinds)
-    assert alarms <= 5
+    assert alarms <= 4
 
 
 @pytest.mark.slow
@@ -167,7 +167,8 @@ def test_of_large_samples_a_part_is_looked_at():
 
 def test_same_seed_same_report():
     known = make("covariate: thick pens", 0)
-    arguments = known.source, known.target, known.source_labels, known.target_labels
+    some = slice(150)
+    arguments = known.source[some], known.target[some], known.source_labels[some], known.target_labels[some]
     one, again = (diagnose(*arguments, seed=5, progress=False).to_json() for _ in range(2))
     assert one == again
 
