@@ -19,11 +19,6 @@ from fastda.benchmarks.correctness import Check, asking, call, incoming_gradient
 COMPILED_UNTIMED = "domain-adversarial loss 64+64"
 
 
-def pytest_configure(config) -> None:
-    if "s" not in config.option.reportchars:
-        config.option.reportchars += "s"  # a skip is printed with its reason
-
-
 def pytest_generate_tests(metafunc) -> None:
     topic = getattr(metafunc.module, "TOPIC", None)
     if topic is None or "case" not in metafunc.fixturenames:

@@ -1,4 +1,4 @@
-"""The tests of this folder need a CUDA device. Without one they are skipped, and say so."""
+"""The tests of this folder need a CUDA device. Without one they are left out, all in one sentence."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+left_out: list[pytest.Item] = []
 REASON = f"no CUDA device: torch {torch.__version__}, built for CUDA {torch.version.cuda}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason=REASON))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if HERE in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.gpu)
+    if here and not torch.cuda.is_available():
+        items[:] = [item for item in items if HERE not in item.path.parents]
+        config.hook.pytest_deselected(items=here)
+        left_out.extend(here)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not torch.cuda.is_available():
-        terminalreporter.write_line(f"tests/gpu skipped: {REASON}")
+    if left_out:
+        terminalreporter.write_line(f"tests/gpu: {len(left_out)} tests left out: {REASON}")
