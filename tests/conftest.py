@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from seeds import SEED, seed
 
+from fastda.kernels import cpp
+
 # Without a GPU the Triton kernels are tested under Triton's interpreter, to be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,6 +33,15 @@ def pytest_configure() -> None:
 
 def pytest_report_header() -> str:
     return f"{installed.description()}; FASTDA_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where fastda is installed without its compiled core, on purpose, tests of that are skipped."""
+    if not cpp.status.available:
+        without = pytest.mark.skip(reason=f"the compiled core is {cpp.status.reason}")
+        for item in items:
+            if item.get_closest_marker("compiled_core"):
+                item.add_marker(without)
 
 
 @pytest.hookimpl(tryfirst=True)

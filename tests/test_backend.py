@@ -23,10 +23,12 @@ def absent_core(monkeypatch):
     monkeypatch.setattr(backend, "_told", set())
 
 
+@pytest.mark.compiled_core
 def test_the_compiled_core_serves_cpu_tensors():
     assert {op: backend.serve(op, X) for op in backend.KERNELS["cpp"]} == dict.fromkeys(backend.KERNELS["cpp"], "cpp")
 
 
+@pytest.mark.compiled_core
 def test_use_backend_sets_and_a_with_block_restores():
     with fastda.use_backend("reference"):
         assert backend.serve("coral_loss", X) == "reference"
@@ -45,6 +47,7 @@ def test_a_choice_can_be_used_again():
         assert backend.requested() == "auto"
 
 
+@pytest.mark.compiled_core
 def test_the_reference_really_runs(monkeypatch):
     from fastda import reference
 
@@ -63,6 +66,7 @@ def test_an_unknown_name():
     assert backend.requested() == "auto"
 
 
+@pytest.mark.compiled_core
 @pytest.mark.skipif("cuda" in cpp.devices, reason="the compiled core has kernels for CUDA")
 def test_asking_for_cuda_without_its_kernels_raises_with_the_reason():
     with pytest.raises(RuntimeError, match=r"^name: backend 'cuda' cannot be had: .*kernels for cuda \(left out: "):
@@ -74,6 +78,7 @@ def test_asking_for_an_absent_core_raises_with_the_reason(absent_core):
         fastda.use_backend("cpp")
 
 
+@pytest.mark.compiled_core
 def test_asking_for_the_core_on_another_device_raises():
     with fastda.use_backend("cpp"), pytest.raises(RuntimeError, match=r"^coral_loss: backend 'cpp'.*cpu.*meta.*auto"):
         fastda.coral_loss(X.to("meta"), X.to("meta"))
@@ -88,6 +93,7 @@ def test_falling_back_is_said_once(absent_core, caplog):
     ]
 
 
+@pytest.mark.compiled_core
 def test_the_report_has_a_row_for_each_op_and_device():
     rows = {(row.op, row.device): row for row in backend.serving()}
     assert rows.keys() == {(op, device) for op in fastda.reference.__all__ for device in ("cpu", "cuda")}

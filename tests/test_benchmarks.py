@@ -92,6 +92,7 @@ def test_the_group_figure_is_over_the_wide_coral_cases():
     assert len(group.cases) == 6 and set(group.cases) <= {case.name for case in CPU_CASES}
 
 
+@pytest.mark.compiled_core
 def test_wide_coral_memory_has_its_figure():
     """Forward and backward at 64 × 4096 take less than 8 MB beyond results and gradients, the reference 190 MB."""
     (case,) = (case for case in CPU_CASES if case.name == "coral 64×4096")

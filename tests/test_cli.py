@@ -143,7 +143,7 @@ def test_doctor_says_why_the_reference_serves(table):
     assert all(len(row) == 4 for row in table if row[2] == "reference")
 
 
-@pytest.mark.skipif(not cpp.status.available, reason=f"no compiled core: {cpp.status.reason}")
+@pytest.mark.compiled_core
 def test_doctor_shows_the_compiled_core_in_use(table):
     assert {"coral_loss", "prototypical_loss", "gradient_reversal"} <= {row[0] for row in table if row[2] == "cpp"}
 

@@ -88,6 +88,7 @@ def test_identical_domains_give_exactly_zero(samples, features, dtype, layers):
         assert (gradient == 0).all()
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize("samples, features", [(40, 700), (32, 256), (64, 1500), (200, 64), (400, 128), (300, 300)])
 @pytest.mark.parametrize("noise", [0.3, 0.2, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_domains_that_nearly_agree(samples, features, noise):
@@ -102,6 +103,7 @@ def test_domains_that_nearly_agree(samples, features, noise):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.compiled_core
 def test_few_wide_float64_samples_that_nearly_agree_take_no_matrix_of_features():
     generator = torch.Generator().manual_seed(0)
     source, difference = torch.randn(2, 8, 20_000, dtype=torch.float64, generator=generator)
@@ -181,6 +183,7 @@ def test_weights_of_layers_as_any_sequence(module, sequence):
     assert_close(loss, 1.5 * module.coral_loss(a, b) - 0.5 * module.coral_loss(c, d))
 
 
+@pytest.mark.compiled_core
 def test_detached_layers_take_no_work():
     """The op is told which domain needs a gradient: nothing is left allocated for the other."""
     (a, b), (c, d) = domains(64, 64, 500, dtype=torch.float32), domains(64, 64, 300, dtype=torch.float32)
@@ -217,6 +220,7 @@ def test_float64_domains_that_nearly_agree(module, samples, features, noise):
     assert_close(module.coral_loss(source, target), truth, rtol=1e-5, atol=0)
 
 
+@pytest.mark.compiled_core
 def test_difference_of_means_far_from_zero():
     generator = torch.Generator().manual_seed(0)
     source = 1000 + torch.randn(32, 256, generator=generator)

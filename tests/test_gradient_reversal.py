@@ -258,6 +258,7 @@ NODES = {
 }
 
 
+@pytest.mark.compiled_core
 @each_reversal
 def test_plain_eager_calls_take_the_lane_in_cpp(op):
     for lambd in (0.3, 1, torch.tensor(0.3), torch.tensor([0.3])):
@@ -373,6 +374,7 @@ def feature_sized(allocated):
     return [size for size in allocated if size > torch.Size(FEATURES).numel() * 4 // 8]
 
 
+@pytest.mark.compiled_core
 def test_backward_of_the_fork_takes_three_passes_and_one_allocation():
     x = Draw().normal(*FEATURES).requires_grad_()
     incoming = (Draw(seed=1).normal(*FEATURES), Draw(seed=2).normal(*FEATURES))
@@ -385,6 +387,7 @@ def test_backward_of_the_fork_takes_three_passes_and_one_allocation():
     assert passes(operations) == 5  # the meter sees what is not fused
 
 
+@pytest.mark.compiled_core
 def test_backward_of_the_linear_fork_spends_no_pass_on_the_reversal():
     x = Draw().normal(*FEATURES).requires_grad_()
     weight, bias = Draw(seed=1).normal(WIDTH, FEATURES[1]).requires_grad_(), Draw(seed=2).normal(WIDTH).requires_grad_()
@@ -403,6 +406,7 @@ def test_backward_of_the_linear_fork_spends_no_pass_on_the_reversal():
     assert found["fused"][0] <= found["without reversal"][0] < found["reference"][0]
 
 
+@pytest.mark.compiled_core
 def test_a_gradient_that_nobody_holds_is_overwritten():
     """As PyTorch's own accumulation does: in a network the reversal allocates nothing of the features' size."""
     x = Draw().normal(*FEATURES).requires_grad_()
@@ -510,6 +514,7 @@ def test_errors_of_layers_are_named(module):
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("other", FLOATS, ids=str)
 def test_fork_backward_of_mixed_dtypes(dtype, other):
@@ -527,6 +532,7 @@ def test_fork_backward_of_mixed_dtypes(dtype, other):
         assert ((result.double() - truth).abs() <= worst * (g1.double().abs() + g2.double().abs())).all()
 
 
+@pytest.mark.compiled_core
 def test_a_direct_call_of_fork_backward_is_checked():
     call, x, lambd = torch.ops.fastda.gradient_reversal_fork_backward, torch.ones(2, 3), torch.tensor(0.3)
     for arguments, error, message in (
@@ -539,6 +545,7 @@ def test_a_direct_call_of_fork_backward_is_checked():
             call(*arguments)
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize("lambd", [0.3, torch.tensor(0.3)], ids=repr)
 def test_linear_under_autocast_adds_into_the_gradient_of_the_features(lambd):
     """Both gradients at once: float32 features, a bfloat16 layer."""

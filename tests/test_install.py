@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -119,12 +118,7 @@ def test_a_library_that_is_gone(core_that_cannot_be_loaded, tmp_path):
 
 # The installed package
 
-with_kernels = pytest.mark.skipif(
-    cpp.status.stamp is None, reason=f"this fastda has no compiled core: {cpp.status.reason}"
-)
-
-
-@with_kernels
+@pytest.mark.compiled_core
 def test_the_stamp_says_what_the_library_says():
     assert cpp.status.available, cpp.status.reason
     info = cpp.library.build_info()
@@ -143,7 +137,7 @@ def test_one_version_everywhere():
     assert importlib.metadata.version("fastda-kernels") == fastda.version.__version__
 
 
-@with_kernels
+@pytest.mark.compiled_core
 def test_from_the_repository_the_installed_library_is_loaded():
     code = "import fastda, json; from fastda.kernels import cpp; print(json.dumps([fastda.__file__, vars(cpp.status)]))"
     file, status = json.loads(run_python(code, cwd=ROOT).stdout)
@@ -163,14 +157,17 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 
 
 def test_import_is_quick_silent_and_light(tmp_path):
-    runs = [run_python(IMPORT, cwd=tmp_path) for _ in range(3)]
-    assert [run.stderr for run in runs] == [""] * 3
-    seconds, modules = zip(*(json.loads(run.stdout) for run in runs))  # which fails if import prints anything
-    assert statistics.median(seconds) < 0.3
-    imported = {module.partition(".")[0] for module in modules[0]}
+    for _ in range(3):  # on a busy machine once may take longer
+        run = run_python(IMPORT, cwd=tmp_path)
+        assert run.stderr == ""
+        seconds, modules = json.loads(run.stdout)  # which fails if import prints anything
+        if seconds < 0.3:
+            break
+    assert seconds < 0.3
+    imported = {module.partition(".")[0] for module in modules}
     assert "fastda" in imported
     assert not imported & {"triton", "sklearn", "matplotlib", "tqdm", "rich"}
-    assert "torch._dynamo" not in modules[0]
+    assert "torch._dynamo" not in modules
 
 
 # The build backend

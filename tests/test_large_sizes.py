@@ -31,6 +31,7 @@ def free_memory() -> int:
 no_memory = not os.path.exists("/proc/meminfo") or free_memory() < NEEDED
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.compiled_core,  # the reference would take 20 GB
     pytest.mark.skipif(no_memory, reason=f"less than {NEEDED / 2**30:.0f} GiB of memory are free"),
 ]
 

@@ -347,6 +347,7 @@ def forward_takes_gradients(classes=70, dtype=torch.float32, batch=()):
     return draw.samples(530), draw.samples(classes), draw.labels(530).remainder(classes)
 
 
+@pytest.mark.compiled_core
 @each_metric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("classes, batch", [(70, ()), (1100, ()), (45, (2,))])
@@ -402,6 +403,7 @@ def test_gradients_taken_in_the_forward_pass_for_a_batch_of_incoming_ones():
         assert_close(got, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
 
 
+@pytest.mark.compiled_core
 def test_gradients_taken_in_the_forward_pass_are_not_those_of_what_was_overwritten():
     queries, prototypes, targets = forward_takes_gradients()
     loss = fastda.prototype_cross_entropy(queries, prototypes.requires_grad_(), targets)
@@ -410,6 +412,7 @@ def test_gradients_taken_in_the_forward_pass_are_not_those_of_what_was_overwritt
         loss.backward()
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_gradients_of_points_that_are_not_finite_are_taken_in_the_backward_pass(value):
     queries, prototypes, targets = forward_takes_gradients()
@@ -523,6 +526,7 @@ def test_gradients_larger_than_the_caches(features):
     assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.compiled_core
 def test_a_single_plain_episode_is_checked_in_the_compiled_core(monkeypatch):
     """Anything else is checked in Python, with the same result."""
     draw = Draw(Sizes(samples=12, others=9, features=5, classes=3))
@@ -560,6 +564,7 @@ def test_an_episode_of_many_classes():
     assert_close(*found)
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize("classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_memory_of_a_cross_entropy_over_a_million_classes(classes):
     """Beyond inputs and gradients less than 64 MB for a million; queries × classes alone is 256 MB."""

@@ -157,6 +157,7 @@ def samples(name: str):
             yield backward, (*grads, *tensors, *saved, *constants, *needs)
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name):
     assert {name, name.removesuffix("_backward")} & SAMPLES.keys(), f"fastda::{name} has no sample in this table"
@@ -170,6 +171,7 @@ def test_ops_are_registered():
     assert set(SAMPLES) <= set(registered())
 
 
+@pytest.mark.compiled_core
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -186,6 +188,7 @@ def test_a_direct_call_of_coral_is_checked(arguments, message):
         torch.ops.fastda.coral_loss(*arguments)
 
 
+@pytest.mark.compiled_core
 def test_a_direct_call_of_the_prototypical_loss_is_checked():
     features, labels, temperature = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64), torch.tensor(1.0)
     for changed, message in (
@@ -204,6 +207,7 @@ def test_a_direct_call_of_the_prototypical_loss_is_checked():
             torch.ops.fastda.prototypical_loss(*arguments.values())
 
 
+@pytest.mark.compiled_core
 def test_direct_calls_of_the_other_prototype_ops_are_checked():
     features, labels, temperature = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64), torch.tensor(1.0)
     softmax, cross_entropy = (

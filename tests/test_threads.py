@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import pytest
 import torch
 from ops_under_test import Draw, Op, Sizes, each_op
 from tolerance import assert_same_bits, results
@@ -58,6 +59,7 @@ def test_calls_from_eight_threads_at_once_give_what_they_give_one_by_one(op):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.compiled_core
 @each_op
 def test_the_number_of_threads(op):
     """The same bits for one and two, or where sums are split among threads the same to rounding."""
