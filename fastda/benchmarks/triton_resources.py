@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..files import write_atomically
-from ..kernels.tiles import on_amd
+from ..kernels import tiles
 from ..kernels.triton import coral, covariance, nearest_prototype, problem, prototype_classes, prototypes
 from ..kernels.triton.problem import accumulator
 from ..reference.prototypes import METRICS
@@ -82,8 +82,12 @@ class Launch:
         return self.kernel.__name__
 
     def resources(self, target: str) -> Resources:
-        options = on_amd(self.options) if TARGETS[target].backend == "hip" else self.options
-        return resources(self.kernel, self.signature, self.constants, target, aligned=self.aligned, **options)
+        options, constants = self.options, self.constants
+        if TARGETS[target].backend == "hip":
+            options = tiles.on_amd(options)
+            if "PRECISION" in constants:
+                constants = constants | {"PRECISION": "ieee"}
+        return resources(self.kernel, self.signature, constants, target, aligned=self.aligned, **options)
 
 
 TYPES = {
@@ -278,10 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for the record, and Markdown beside it")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision(options.precision)
-    chosen = different_launches(options.cases)
     record = {"triton": triton.__version__, "precision": options.precision, "cases": options.cases}
     record |= {"complete": False, "kernels": []}
-    steps = [(target, name, launch) for target in options.targets for name, launch in chosen]
+    steps = [(target, *chosen) for target in options.targets for chosen in different_launches(options.cases, target)]
     for target, name, launch in steps:
         row = {"case": name, "kernel": launch.name, "programs": launch.programs, **launch.options}
         row["constants"] = {part: launch.constants[part] for part in TOLD if part in launch.constants}
@@ -296,8 +299,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(row["spills"] for row in record["kernels"]) else 0
 
 
-def different_launches(parts: Collection[str] = ()) -> list[tuple[str, Launch]]:
-    """Of the cases whose name has one of the parts, or of all; each with the name of the first case that has it."""
+def different_launches(parts: Collection[str] = (), target: str = "sm_90") -> list[tuple[str, Launch]]:
+    """Of the cases whose name has one of the parts, or of all; each with the name of the first case that has it. Block
+    sizes are those for the target."""
+    nvidia = TARGETS[target].backend == "cuda"
+    tiles.ABSENT_CAPABILITY = divmod(TARGETS[target].arch, 10) if nvidia else (9, 0)
     found: dict[tuple, tuple[str, Launch]] = {}
     for name, case in served_cases().items():
         if not parts or any(part in name for part in parts):

@@ -22,7 +22,8 @@ FUSED_MEANS = 256
 
 MOST_CHUNKS = 64
 ABSENT_MULTIPROCESSORS = 132
-"""Of an H200: on the meta device, where launches are only looked at."""
+ABSENT_CAPABILITY = (9, 0)
+"""Both of an H200: on the meta device, where launches are only looked at."""
 
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 """Compute capabilities with float64 at half of the rate of float32; others have it at 1/32 or 1/64."""
@@ -60,6 +61,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return ABSENT_MULTIPROCESSORS if device.type == "meta" else 4
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; on AMD, or where there is none, what stands for it."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return torch.cuda.get_device_capability(device) if nvidia else ABSENT_CAPABILITY
 
 
 @functools.lru_cache(None)
@@ -132,7 +139,9 @@ def directions() -> Blocks:
 def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries of a program (rows) against all classes (columns), over so many features at a time."""
     classes = power_of_two(num_classes)
-    return Blocks(16, classes, classes_depth(classes, dtype), 8 if classes > 32 else 4, 1 if classes > 32 else 2)
+    if classes > 32:
+        return Blocks(16, classes, classes_depth(classes, dtype), 8, 1, registers=224)
+    return Blocks(16, classes, classes_depth(classes, dtype), 4, 2)
 
 
 def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
@@ -168,10 +177,31 @@ def class_tile(half: bool, dtype: torch.dtype, metric: str, careful: bool) -> Bl
     return Blocks(64, 64, 16, 8 if careful else 4, 2)
 
 
-def swept(blocks: Blocks) -> Blocks:
-    """The same for a softmax over all classes, whose sums take more registers than four warps get."""
+def swept(blocks: Blocks, device: torch.device) -> Blocks:
+    """The same for a softmax over all classes, whose sums take more registers than four warps get. On Blackwell, where
+    threads read whole rows of products from tensor memory, those of a wide tile leave none for its usual depth."""
+    if blocks.columns == 128 and capability(device)[0] == 10:
+        return dataclasses.replace(blocks, depth=32)
     more = {"num_warps": 8, "registers": 240} if (blocks.rows, blocks.num_warps) == (64, 4) else {}
     return dataclasses.replace(blocks, **more)
+
+
+def nearest(blocks: Blocks, slots: int) -> Blocks:
+    """The same for a search, which keeps `slots` neighbours of each query in registers beside their distances."""
+    if blocks.rows == 128:
+        return dataclasses.replace(blocks, rows=64 if slots > 8 else 128, columns=64)
+    more = {"num_stages": 1, "registers": 224} if slots > 8 and blocks.rows == 64 else {}
+    return dataclasses.replace(blocks, **more)
+
+
+def weights(blocks: Blocks, mode: str) -> Blocks:
+    """The same for the weights of a gradient, or sums of them: incoming gradients make another tile beside that of the distances, and
+    those of a search one that is compared with every neighbour."""
+    if mode == "neighbours" and blocks.rows > 32:
+        return dataclasses.replace(blocks, rows=64, columns=64, num_warps=8, registers=224)
+    if mode in ("softmax", "log softmax", "totals") and blocks.rows == 64:
+        return dataclasses.replace(blocks, registers=224)
+    return blocks
 
 
 def pull(half: bool, dtype: torch.dtype, metric: str) -> tuple[Blocks, int]:

@@ -70,8 +70,9 @@ def weights_kernel(
     batch = (program // blocks // class_blocks).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < num_queries
-    local = class_block * CLASSES + tl.arange(0, CLASSES)
-    classes = first_class + local
+    column = tl.arange(0, CLASSES)
+    local = class_block * CLASSES + column
+    first = first_class + class_block * CLASSES
     points = points_of(
         batch, queries, exact_queries, prototypes, centre, of_classes, queries_batch, queries_row, exact_batch,
         exact_row, prototypes_batch, prototypes_row, num_queries, num_classes, num_features, ALIGN,
@@ -79,7 +80,7 @@ def weights_kernel(
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     distance, there = distance_tile(
-        points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
+        points, of_query, rows, first, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, CLASSES, BLOCK_K
     )
     t = tl.load(temperature + batch)
     counted = in_rows
@@ -98,19 +99,19 @@ def weights_kernel(
         of_logit = probability
         if SMOOTHING != 0.0:
             of_logit -= SMOOTHING / number.to(ACCUMULATOR)
-        of_logit -= tl.where(classes[None, :] == target[:, None], 1.0 - SMOOTHING, 0.0)
+        of_logit -= tl.where(column[None, :] == (target - first)[:, None], 1.0 - SMOOTHING, 0.0)
         of_logit *= g[:, None]
     elif MODE == "neighbours":
         of_logit = tl.zeros((BLOCK, CLASSES), ACCUMULATOR)
         neighbour = place * num_neighbours
         for _ in range(0, num_neighbours):
             incoming = tl.load(grad + neighbour, in_rows, other=0.0).to(ACCUMULATOR)
-            class_ = tl.load(targets + neighbour, in_rows, other=-1)
-            of_logit -= tl.where(classes[None, :] == class_[:, None], incoming[:, None], 0.0)
+            class_ = tl.load(targets + neighbour, in_rows, other=-1).to(tl.int32)
+            of_logit -= tl.where(column[None, :] == (class_ - first)[:, None], incoming[:, None], 0.0)
             neighbour += 1
         t = tl.full((), 1.0, ACCUMULATOR)
     else:
-        offsets = place[:, None] * num_classes + classes[None, :]
+        offsets = place[:, None] * num_classes + (first + column)[None, :]
         incoming = tl.load(grad + offsets, in_rows[:, None] & there[None, :], other=0.0).to(ACCUMULATOR)
         if MODE == "distance":
             of_logit = -incoming
@@ -153,6 +154,7 @@ def sum_of_parts(parts, stride, count, columns, mask, ACCUMULATOR: tl.constexpr)
 
 @triton.jit
 def weighed_sum(
+    result,
     weights,
     row_stride,
     step,
@@ -174,11 +176,11 @@ def weighed_sum(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Σ_k w_rk y_k for some rows and columns, y less the centre (cosine: times its scale; where RAW neither centred).
+    """Adds to `result` Σ_k w_rk y_k for some rows and columns, y less the centre (cosine: times its scale; where RAW
+    neither centred).
 
     Of the `count` weights those from `present` on are 0 and have no y. CLEAN: a y whose scale is negative is an empty
     class, and is left out."""
-    result = tl.zeros((rows.shape[0], columns.shape[0]), ACCUMULATOR)
     w = weights + rows[:, None].to(tl.int64) * row_stride
     if METRIC != "cosine" and not RAW:
         mean = tl.load(centre + columns, in_columns, other=0.0)
@@ -283,8 +285,9 @@ def pull_kernel(
             in_rows = rows < num_classes - first_class  # the weights of others are 0
             columns = local % column_blocks * CLASS_WIDTH + tl.arange(0, CLASS_WIDTH)
             in_columns = columns < num_features
+            result = tl.zeros((BLOCK, CLASS_WIDTH), ACCUMULATOR)
             result = weighed_sum(
-                weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries,
+                result, weights, 1, width, rows, rows < width, queries, queries_row, of_queries, centre, num_queries,
                 num_queries, columns, in_columns, False, METRIC, RAW, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip
             parts = class_sums + batch * parts_of_classes * width
@@ -305,8 +308,13 @@ def pull_kernel(
             in_rows = rows < num_queries
             columns = (local - of_class) % column_blocks * WIDTH + tl.arange(0, WIDTH)
             in_columns = columns < num_features
+            out = (batch * num_queries + rows[:, None]) * num_features + columns[None, :]
+            mask = in_rows[:, None] & in_columns[None, :]
+            result = tl.zeros((BLOCK, WIDTH), ACCUMULATOR)
+            if not FIRST and METRIC != "cosine":  # at once: after the products there would not be registers for it
+                result -= tl.load(partial + out, mask, other=0.0)
             result = weighed_sum(
-                weights, width, 1, rows, in_rows, prototypes, prototypes_row, of_classes, centre, width,
+                result, weights, width, 1, rows, in_rows, prototypes, prototypes_row, of_classes, centre, width,
                 tl.minimum(width, num_classes - first_class), columns, in_columns, True, METRIC, RAW, ACCUMULATOR,
                 OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip
@@ -317,9 +325,7 @@ def pull_kernel(
                 result, queries, queries_row, rows, in_rows, columns, in_columns, total, scale, centre, METRIC, RAW,
                 ACCUMULATOR,
             )  # fmt: skip
-            out = (batch * num_queries + rows[:, None]) * num_features + columns[None, :]
-            mask = in_rows[:, None] & in_columns[None, :]
-            if not FIRST:
+            if not FIRST and METRIC == "cosine":
                 result += tl.load(partial + out, mask, other=0.0)
             if LAST:
                 tl.store(grad_queries + out, result.to(grad_queries.dtype.element_ty), mask)

@@ -113,28 +113,35 @@ def distance_tile(
     points,
     of_queries,  # (rows,): their statistics
     rows,
-    classes,
+    first,
     METRIC: tl.constexpr,
     RAW: tl.constexpr,
     CLOSE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    CLASSES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Distances of some queries to some classes, and which of these exist and are not empty."""
+    """Distances of some queries to the CLASSES classes from `first` on, and which of these exist and are not empty.
+
+    What there is of each column of a tile takes registers, many where a thread has a whole row of it: they are read
+    again after the loop (the modifier, which names what is done anyway, keeps Triton from making one load of both), and
+    columns are counted from `first`, so that the compiler knows all their offsets.
+    """
     features, (centre, statistics), (num_queries, num_classes, num_features) = points
     queries, queries_row, exact_queries, exact_row, prototypes, prototypes_row = features
     in_rows = rows < num_queries
-    of_classes = tl.load(statistics + classes, classes < num_classes, other=-1.0)
-    there = (of_classes < 0.0) == 0  # NaN is there
-    present = there
+    column = tl.arange(0, CLASSES)
+    statistics += first
+    of_classes = tl.load(statistics + column, column < num_classes - first, other=-1.0)
+    present = (of_classes < 0.0) == 0  # NaN is there
     if METRIC != "cosine":  # what is infinitely far is so by its statistics: Inf − Inf is no distance
         in_rows = in_rows & (of_queries != float("inf"))
         present = present & (of_classes != float("inf"))
-    products = tl.zeros((rows.shape[0], classes.shape[0]), ACCUMULATOR)
+    products = tl.zeros((rows.shape[0], CLASSES), ACCUMULATOR)
     q = queries + rows[:, None].to(tl.int64) * queries_row
-    p = prototypes + classes[None, :].to(tl.int64) * prototypes_row
+    p = prototypes + (first + column)[None, :].to(tl.int64) * prototypes_row
     for k in range(0, num_features, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         within = columns < num_features
@@ -152,6 +159,8 @@ def distance_tile(
                 a -= mean[None, :]
                 b -= mean[:, None]
         products = tl.dot(a, b, products, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    of_classes = tl.load(statistics + column, column < num_classes - first, other=-1.0, cache_modifier=".ca")
+    there = (of_classes < 0.0) == 0
     if METRIC == "cosine":
         if RAW:
             products = products * of_queries[:, None] * of_classes[None, :]
@@ -170,7 +179,7 @@ def distance_tile(
             if tl.min(distance) < 0.0:
                 exact = differences_squared(
                     exact_queries, exact_row, tl.minimum(rows, num_queries - 1), prototypes, prototypes_row,
-                    tl.minimum(classes, num_classes - 1), num_features, ACCUMULATOR,
+                    tl.minimum(first + column, num_classes - 1), num_features, ACCUMULATOR,
                 )  # fmt: skip
                 distance = tl.where(distance < 0.0, exact, distance)
         if METRIC == "euclidean":
@@ -238,17 +247,17 @@ def sweep_kernel(
     largest = tl.full((BLOCK,), float("-inf"), ACCUMULATOR)
     total, of_target = tl.zeros((BLOCK,), ACCUMULATOR), tl.zeros((BLOCK,), ACCUMULATOR)
     logits_sum = tl.zeros((BLOCK,), ACCUMULATOR)
+    column = tl.arange(0, CLASSES)
     begin = split * chunk
     for first in range(begin, tl.minimum(begin + chunk, num_classes), CLASSES):
-        classes = first + tl.arange(0, CLASSES)
         distance, there = distance_tile(
-            points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
+            points, of_query, rows, first, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, CLASSES, BLOCK_K
         )
         logits = distance * (-1.0 / t)
         if SMOOTHED:
             logits_sum += tl.sum(tl.where(there[None, :], logits, 0.0), 1)
         logits = tl.where(there[None, :], logits, float("-inf"))
-        of_target += tl.sum(tl.where(classes[None, :] == target[:, None], logits, 0.0), 1)
+        of_target += tl.sum(tl.where(column[None, :] == (target - first)[:, None], logits, 0.0), 1)
         more = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(more == float("-inf"), 0.0, more)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
@@ -358,8 +367,9 @@ def distances_kernel(
     place = batch * num_queries + rows
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     distance, there = distance_tile(
-        points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
-    )
+        points, of_query, rows, class_block * CLASSES, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, CLASSES,
+        BLOCK_K,
+    )  # fmt: skip
     offsets = place[:, None] * num_classes + classes[None, :]
     mask = in_rows[:, None] & in_classes[None, :]
     if MODE == "distance":

@@ -80,23 +80,24 @@ def nearest_kernel(
     of_query = tl.load(of_queries + place, in_rows, other=0.0)
     slots = tl.arange(0, SLOTS)
     best = tl.full((BLOCK, SLOTS), LAST, keys.dtype.element_ty)
+    best = tl.where(in_rows[:, None], best, -1)  # nothing is nearer to no query
     which = tl.zeros((BLOCK, SLOTS), tl.int32) + (0x7FFFFFFF - slots)[None, :]  # no two alike
     worst, worst_class = tl.max(best, 1), tl.max(which, 1)
+    column = tl.arange(0, CLASSES)
     begin = split * chunk
     for first in range(begin, tl.minimum(begin + chunk, num_classes), CLASSES):
-        classes = first + tl.arange(0, CLASSES)
         distance, there = distance_tile(
-            points, of_query, rows, classes, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, BLOCK_K
+            points, of_query, rows, first, METRIC, RAW, CLOSE, ACCUMULATOR, OPERAND, PRECISION, CLASSES, BLOCK_K
         )
-        exists = in_rows[:, None] & (classes < num_classes)[None, :]
-        key = keys_of(distance, exists, there[None, :], LAST, keys.dtype.element_ty)
+        exists = column < num_classes - first
+        key = keys_of(distance, exists[None, :], there[None, :], LAST, keys.dtype.element_ty)
         least = tl.min(key, 1)
         while tl.max((least < worst).to(tl.int32), 0) > 0:  # among equals those seen before are lower classes
-            nearest = tl.min(tl.where(key == least[:, None], classes[None, :], 0x7FFFFFFF), 1)
+            nearest = tl.min(tl.where(key == least[:, None], column[None, :], CLASSES), 1)
             slot = (best == worst[:, None]) & (which == worst_class[:, None]) & (least < worst)[:, None]
             best = tl.where(slot, least[:, None], best)
-            which = tl.where(slot, nearest[:, None], which)
-            key = tl.where(classes[None, :] == nearest[:, None], LAST, key)
+            which = tl.where(slot, first + nearest[:, None], which)
+            key = tl.where(column[None, :] == nearest[:, None], LAST, key)
             worst, least = tl.max(best, 1), tl.min(key, 1)
             worst_class = tl.max(tl.where(best == worst[:, None], which, -1), 1)
     out = (place * splits + split)[:, None] * SLOTS + slots[None, :]
@@ -160,7 +161,7 @@ def search(points: Points, nearest: Tensor, indices: Tensor) -> None:
     batch, num_queries, num_classes, num_features = points.sizes
     k, device, key = nearest.shape[-1], nearest.device, INTEGERS[points.dtype]
     slots, last = 1 << (k - 1).bit_length(), torch.iinfo(key).max
-    blocks = points.blocks
+    blocks = tiles.nearest(points.blocks, slots)
     query_blocks, class_tiles = ceil_div(num_queries, blocks.rows), ceil_div(num_classes, blocks.columns)
     splits = tiles.class_splits(batch * query_blocks, class_tiles, device)
     chunk = ceil_div(class_tiles, splits) * blocks.columns
@@ -181,7 +182,7 @@ def search(points: Points, nearest: Tensor, indices: Tensor) -> None:
         splits,
         SLOTS=slots,
         LAST=last,
-        **points.constants,
+        **points.constants(blocks),
     )
     select = tiles.select(splits * slots)
     launch(

@@ -58,10 +58,8 @@ class Points:
     def blocks(self) -> tiles.Blocks:
         return tiles.class_tile(self.raw, self.queries.dtype, self.metric, self.close > 0)
 
-    @property
-    def constants(self) -> dict[str, object]:
+    def constants(self, blocks: tiles.Blocks) -> dict[str, object]:
         """Of the kernels that take distances."""
-        blocks = self.blocks
         return {
             "METRIC": self.metric,
             "RAW": self.raw,
@@ -141,7 +139,7 @@ def prototype_cross_entropy(
     check_labels("targets", targets, queries.shape[:-1])
     points = prepare(queries, prototypes, metric, logits=True)
     batch, num_queries, num_classes, num_features = points.sizes
-    blocks, targets = tiles.swept(points.blocks), flatten(targets, 1).contiguous()
+    blocks, targets = tiles.swept(points.blocks, queries.device), flatten(targets, 1).contiguous()
     query_blocks, class_tiles = ceil_div(num_queries, blocks.rows), max(1, ceil_div(num_classes, blocks.columns))
     splits = tiles.class_splits(batch * query_blocks, class_tiles, queries.device)
     chunk = ceil_div(class_tiles, splits) * blocks.columns
@@ -162,7 +160,7 @@ def prototype_cross_entropy(
         splits,
         splits * batch * num_queries,
         SMOOTHED=label_smoothing != 0,
-        **points.constants | blocks.options,
+        **points.constants(blocks),
     )
     losses, largest, log_sum = (points.of_queries.new_empty(batch, num_queries) for _ in range(3))
     present = num_classes - (points.of_classes < 0).sum(-1)
@@ -266,7 +264,7 @@ def gradients(
     batch, num_queries, num_classes, num_features = points.sizes
     need_queries, need_prototypes, need_temperature = needs
     queries, prototypes, temperature = inputs
-    blocks, like = points.blocks, points.of_queries
+    blocks, like = tiles.weights(points.blocks, mode), points.of_queries
     width = tiles.weights_width(batch * num_queries, num_classes, blocks.columns, points.raw)
     query_blocks, class_blocks = ceil_div(num_queries, blocks.rows), width // blocks.columns
     weights_dtype = queries.dtype if points.raw and queries.dtype == torch.bfloat16 else points.dtype
@@ -303,7 +301,7 @@ def gradients(
             MEAN=mean,
             SMOOTHING=label_smoothing,
             SLOPES=need_temperature,
-            **points.constants,
+            **points.constants(blocks),
         )
         if need_queries or need_prototypes:
             pull(
@@ -322,7 +320,7 @@ def gradients(
 def distances(points: Points, temperature: Tensor, out: Tensor, mode: str, *softmax: Tensor) -> None:
     """Write distances, logits or sums; softmax: incoming gradient, largest logits and logarithms of sums."""
     batch, num_queries, num_classes, num_features = points.sizes
-    blocks = points.blocks
+    blocks = tiles.weights(points.blocks, mode)
     launch(
         distances_kernel,
         batch * ceil_div(num_queries, blocks.rows) * ceil_div(num_classes, blocks.columns),
@@ -336,7 +334,7 @@ def distances(points: Points, temperature: Tensor, out: Tensor, mode: str, *soft
         num_classes,
         num_features,
         MODE=mode,
-        **points.constants,
+        **points.constants(blocks),
     )
 
 
