@@ -196,7 +196,7 @@ def test_half_precision_beyond_its_range(half_products):
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     weights=st.booleans(),
 )
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_layers_in_one_call_are_the_layers_one_by_one(sizes, batch, dtype, weights):
     draw = Draw(dtype=dtype)
     arguments = {}

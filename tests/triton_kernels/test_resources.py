@@ -34,7 +34,13 @@ def check(kernels):
     "case, target, kernels, instruction",
     [
         pytest.param("coral 64×2048 GPU", "sm_90", 4, "f64", marks=pytest.mark.slow),
-        ("coral 16384×2048 bf16 GPU", "sm_90", 5, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+        pytest.param(
+            "coral 16384×2048 bf16 GPU",
+            "sm_90",
+            5,
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "cross-entropy Q 8192 × C 100000 × D 512 bf16 GPU",
             "sm_90",
@@ -51,10 +57,13 @@ def test_a_case_on_a_target(case, target, kernels, instruction, tmp_path):
     assert any(instruction in one for kernel in found for one in kernel["matrix_instructions"])
 
 
-def test_an_episode(tmp_path):
-    found = compiled(tmp_path, "--cases", "5-way 1-shot Q 75 D 640 GPU", "--targets", "sm_90")
+def test_an_episode_and_large_batches(tmp_path):
+    cases = "5-way 1-shot Q 75 D 640 GPU", "covariance 65536×1024 bf16 GPU"
+    found = compiled(tmp_path, "--cases", *cases, "--targets", "sm_90")
     check(found)
-    assert {kernel["kernel"] for kernel in found} >= {"class_means_kernel", "episode_kernel", "episode_gradient_kernel"}
+    kernels = {kernel["kernel"]: kernel for kernel in found}
+    assert kernels.keys() >= {"class_means_kernel", "episode_kernel", "episode_gradient_kernel"}
+    assert any("wgmma" in one for one in kernels["products_kernel"]["matrix_instructions"])
 
 
 @pytest.mark.slow
