@@ -195,8 +195,8 @@ def nearest(blocks: Blocks, slots: int) -> Blocks:
 
 
 def weights(blocks: Blocks, mode: str) -> Blocks:
-    """The same for the weights of a gradient, or sums of them: incoming gradients make another tile beside that of the distances, and
-    those of a search one that is compared with every neighbour."""
+    """The same for the weights of a gradient, or sums of them: incoming gradients make another tile beside that of the
+    distances, and those of a search one that is compared with every neighbour."""
     if mode == "neighbours" and blocks.rows > 32:
         return dataclasses.replace(blocks, rows=64, columns=64, num_warps=8, registers=224)
     if mode in ("softmax", "log softmax", "totals") and blocks.rows == 64:

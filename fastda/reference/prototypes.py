@@ -190,8 +190,8 @@ def pairwise_distance(queries: Tensor, prototypes: Tensor, *, metric: str = "sqe
         ValueError: shapes or devices that do not fit, an unknown metric.
 
     Differentiable any number of times with respect to both inputs. Equal points are at distance 0, with gradient 0. The
-    cosine similarity to a zero vector is 0, with gradient 0. NaN and Inf propagate; the gradient of an infinite feature,
-    here infinite where all terms have one sign, may be NaN from fused kernels.
+    cosine similarity to a zero vector is 0, with gradient 0. NaN and Inf propagate; the gradient of an infinite
+    feature, here infinite where all its terms have one sign, may be NaN from fused kernels.
 
     Example:
         >>> import torch, fastda
