@@ -24,7 +24,18 @@ WITHOUT_LABELS = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN_SHIFTS)
+# Of these another of the same kind is in the quick run.
+ALIKE = (
+    "covariate: phone",
+    "covariate: selected by ink",
+    "label: one rare class",
+    "covariate and label: noise, three rare",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in KNOWN_SHIFTS]
+)
 def test_known_shifts_are_told_apart(name):
     """bench/results/shift/digits.md has many repeats."""
     known = make(name, seed=1)
