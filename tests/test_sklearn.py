@@ -48,7 +48,8 @@ def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
 
-# Means of five seeds (here three), source alone and adapted: CORAL 0.66 and 0.97, DANN 0.80 and 0.87, prototypes 0.67 and 1.00.
+# Means of five seeds, of which three are drawn here, source alone and adapted: CORAL 0.66 and 0.97, DANN 0.80 and 0.87,
+# prototypes 0.67 and 1.00.
 # CORAL sees no rotation of clouds whose covariance is round, and prototypes follow no class that passes by another.
 @pytest.mark.parametrize(
     ("classifier", "shift", "margin"),
