@@ -23,7 +23,7 @@ COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [Health
 settings.register_profile("dev", max_examples=25, **COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("sanitize", max_examples=5, derandomize=True, **COMMON)
-settings.register_profile("soak", max_examples=10_000, **COMMON)
+settings.register_profile("soak", max_examples=int(os.environ.get("SOAK_EXAMPLES", 10_000)), **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 

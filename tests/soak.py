@@ -41,12 +41,13 @@ def revision() -> str:
     return git("log", "-1", "--format=%h", "--abbrev=12").strip() + " with changes" * bool(git("status", "--porcelain"))
 
 
-def soak(op: str, profile: str, of: str) -> dict[str, object]:
+def soak(op: str, examples: int, of: str) -> dict[str, object]:
     """How many examples passed and failed, the first failure's message, and the seconds it took."""
     start = perf_counter()
     words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--hypothesis-show-statistics"]
     words += ["-p", "no:cacheprovider", f"{TEST}[{op}]"]
-    environment = {"HYPOTHESIS_PROFILE": profile, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {"HYPOTHESIS_PROFILE": "soak", "SOAK_EXAMPLES": str(examples)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     counts = re.findall(r"(\d+) passing(?: examples)?, (\d+) failing", done.stdout)
     passed, failed = (sum(int(pair[i]) for pair in counts) for i in range(2))
@@ -59,7 +60,7 @@ def soak(op: str, profile: str, of: str) -> dict[str, object]:
         reason += f"; {example.group()}" if example else ""
     return {
         "op": op,
-        "profile": profile,
+        "asked": examples,
         "passed": passed,
         "failed": failed,
         "reason": reason,
@@ -107,11 +108,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/soak.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/trust", help="folder of the record")
     parser.add_argument("--ops", nargs="+", default=list(fastda.reference.__all__), choices=fastda.reference.__all__)
-    parser.add_argument("--profile", default="soak", choices=("dev", "soak"), help="dev: few examples, to try it out")
+    parser.add_argument("--examples", type=int, default=10_000, help="of each op; fewer are counted as what they are")
     parser.add_argument("--jobs", type=int, default=1, help="ops at a time, each on one core")
     options = parser.parse_args()
-    if options.jobs < 1:
-        parser.error(f"jobs: expected at least 1, got {options.jobs}; give the number of ops to run at a time")
+    for name in ("jobs", "examples"):
+        if getattr(options, name) < 1:
+            parser.error(f"{name}: expected at least 1, got {getattr(options, name)}")
     if not status.available:
         parser.exit(2, f"the kernels would not be tested: the compiled core is {status.reason}\n")
     stem = options.output / f"soak-{machine.name('cpu')}"
@@ -119,7 +121,7 @@ def main() -> int:
     of = revision()
     good = True
     with ThreadPoolExecutor(options.jobs) as pool, progress_bar(None, total=len(options.ops), unit="op") as bar:
-        for done in as_completed([pool.submit(soak, op, options.profile, of) for op in options.ops]):
+        for done in as_completed([pool.submit(soak, op, options.examples, of) for op in options.ops]):
             row = done.result()
             good &= row["failed"] == 0 and row["passed"] > 0 and not row["reason"]
             add(row, stem)
