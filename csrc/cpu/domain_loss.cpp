@@ -4,6 +4,7 @@
 #include "../common.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <c10/util/SmallVector.h>
@@ -32,16 +33,31 @@ double loss_of(const Sums& source, const Sums& target, bool mean) {
   return mean ? (source.loss / source.weight + target.loss / target.weight) / 2 : source.loss + target.loss;
 }
 
-// What domain_terms gives, for a domain of any size.
-template <typename T>
-Sums sum_terms(const T* x, const T* w, int64_t count, T sign, T* slope) {
+// Values in T: where they lie, or copied.
+template <typename T, typename From>
+const T* values_in(const From* x, int64_t count, T* copy) {
+  if constexpr (std::is_same_v<From, T>) {
+    return x;
+  } else {
+    for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<T>(x[i]);
+    return copy;
+  }
+}
+
+// What domain_terms gives, for a domain of any size. Half precision is raised block by block: a copy of all logits would
+// take twice their memory.
+template <typename T, typename From>
+Sums sum_terms(const From* x, const T* w, int64_t count, T sign, T* slope) {
   const int64_t blocks = (count + block - 1) / block;
   c10::SmallVector<Sums, 4> sums(blocks);
   at::parallel_for(0, blocks, grain(32 * block), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * block;
-      FASTDA_RUN(domain_terms<T>(x + first, w ? w + first : nullptr, std::min(block, count - first), sign,
-                                 slope + first, &sums[i].loss, &sums[i].weight));
+      const int64_t some = std::min(block, count - first);
+      T copy[block];
+      const T* from = values_in(x + first, some, copy);
+      FASTDA_RUN(domain_terms<T>(from, w ? w + first : nullptr, some, sign, slope + first, &sums[i].loss,
+                                 &sums[i].weight));
     }
   });
   Sums total;
@@ -67,19 +83,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& source_logits, 
                               std::string(reduction));
   const auto dtype = accumulate_type(source_logits.scalar_type());
   const auto options = source_logits.options().dtype(dtype);
-  const Tensor s = dense(source_logits, dtype), t = dense(target_logits, dtype);
+  const Tensor s = source_logits.contiguous(), t = target_logits.contiguous();
   const Tensor ws = dense(source_weight, dtype), wt = dense(target_weight, dtype);
   const Tensor loss = at::cpu::empty(sizes.batch, options), scale = at::cpu::empty(batched(loss, 0, {2}), options);
   const Tensor source_slope = at::cpu::empty(source_logits.sizes(), options),
                target_slope = at::cpu::empty(target_logits.sizes(), options);
-  AT_DISPATCH_FLOATING_TYPES(dtype, "domain_adversarial_loss", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, s.scalar_type(), "domain_adversarial_loss", [&] {
+    using T = at::opmath_type<scalar_t>;
     const auto one_domain = [](const Tensor& x, const Tensor& w, const Tensor& slope, int64_t i, int64_t count,
                                int sign) {
-      const scalar_t *logits = x.const_data_ptr<scalar_t>() + i * count, *weights = values<scalar_t>(w);
-      return sum_terms<scalar_t>(logits, weights ? weights + i * count : nullptr, count, sign,
-                                 slope.mutable_data_ptr<scalar_t>() + i * count);
+      const T* weights = values<T>(w);
+      return sum_terms<T>(x.const_data_ptr<scalar_t>() + i * count, weights ? weights + i * count : nullptr, count,
+                          sign, slope.mutable_data_ptr<T>() + i * count);
     };
-    scalar_t *losses = loss.mutable_data_ptr<scalar_t>(), *scales = scale.mutable_data_ptr<scalar_t>();
+    T *losses = loss.mutable_data_ptr<T>(), *scales = scale.mutable_data_ptr<T>();
     at::parallel_for(0, sizes.episodes, grain(32 * (sizes.sources + sizes.targets)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Sums of_source = one_domain(s, ws, source_slope, i, sizes.sources, -1);
