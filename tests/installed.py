@@ -1,4 +1,4 @@
-"""Is the fastda that the tests import the one that they are about? Otherwise they would prove nothing, and say nothing."""
+"""Is the fastda that the tests import the one that they are about? Otherwise they would prove nothing, silently."""
 
 from __future__ import annotations
 

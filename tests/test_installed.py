@@ -1,4 +1,4 @@
-"""The tests refuse to run on another fastda than the one that they are about; and their random numbers are their own."""
+"""The tests refuse to run on another fastda than their own; and their random numbers depend on nothing else."""
 
 from __future__ import annotations
 

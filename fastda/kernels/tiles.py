@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 EXACT_WORK = 2**28
-"""Samples² × features up to which a Gram matrix is taken in float64 at once: it costs less than checking float32 ones."""
+"""Samples² × features up to which a Gram matrix is taken in float64 at once: cheaper than checking float32 ones."""
 
 HALF_WORK = 2**30
 """Samples × features² from which half-precision features are multiplied as such, centred and rounded to their dtype."""

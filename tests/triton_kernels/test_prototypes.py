@@ -328,7 +328,7 @@ def test_memory_of_a_cross_entropy_of_many_classes():
 
 
 def test_memory_of_the_nearest_of_many_classes():
-    """Beyond inputs and results less than 1 % of queries × classes in float32; that of many neighbours some per cent."""
+    """Beyond inputs and results less than 1 % of queries × classes in float32; of many neighbours some per cent."""
     from fastda.kernels.triton import nearest_prototype, problem
 
     queries, classes = (torch.empty(n, 640, device="meta") for n in (256, 100_000))

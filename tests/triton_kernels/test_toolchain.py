@@ -1,4 +1,4 @@
-"""Triton as it is installed here does what the kernels need: interpreted on this machine, compiled for GPUs that are not there."""
+"""Triton as it is installed does what the kernels need: interpreted here, compiled for GPUs that are not here."""
 
 import json
 import os
@@ -16,11 +16,13 @@ import dataclasses, json, sys
 sys.path.insert(0, sys.argv[1])
 import toolchain_kernels
 from fastda.benchmarks.triton_resources import resources
-signature = {"x": "*fp32", "out": "*fp32", "rows": "i32", "columns": "i32", "BLOCK": "constexpr", "PRECISION": "constexpr"}
+signature = {"x": "*fp32", "out": "*fp32", "rows": "i32", "columns": "i32"}
+signature |= {"BLOCK": "constexpr", "PRECISION": "constexpr"}
 constants = {"BLOCK": 32, "PRECISION": "tf32"}
 for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
     print(json.dumps(dataclasses.asdict(resources(toolchain_kernels.gram, signature, constants, target, num_warps=4))))
-print(json.dumps(dataclasses.asdict(resources(toolchain_kernels.gram, signature, constants, "sm_80", num_warps=1, maxnreg=40))))
+found = resources(toolchain_kernels.gram, signature, constants, "sm_80", num_warps=1, maxnreg=40)
+print(json.dumps(dataclasses.asdict(found)))
 """
 
 
@@ -47,7 +49,8 @@ def test_a_matrix_product_with_masks(rows, columns):
 
 def test_kernels_compile_for_absent_gpus():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run([sys.executable, "-c", COMPILE, str(HERE)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", COMPILE, str(HERE)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     *targets, starved = map(json.loads, process.stdout.splitlines())
     for used in targets:

@@ -1,4 +1,4 @@
-"""Kernels that use what ours rely on, and nothing else: run-time loop bounds, int64 offsets, masks, a matrix product."""
+"""Kernels that use what ours rely on, and nothing else: run-time loop bounds, int64 offsets, masks, a product."""
 
 import triton
 import triton.language as tl
@@ -23,6 +23,7 @@ def gram(x, out, rows, columns, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
         column = start + tl.arange(0, BLOCK)
         within = column < columns
         a = tl.load(x + row[:, None] * columns + column[None, :], (row < rows)[:, None] & within[None, :], other=0.0)
-        b = tl.load(x + other[None, :] * columns + column[:, None], (other < rows)[None, :] & within[:, None], other=0.0)
+        there = (other < rows)[None, :] & within[:, None]
+        b = tl.load(x + other[None, :] * columns + column[:, None], there, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     tl.store(out + row[:, None] * rows + other[None, :], total, (row < rows)[:, None] & (other < rows)[None, :])

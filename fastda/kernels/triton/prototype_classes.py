@@ -1,4 +1,4 @@
-"""Class means and episodes on Triton: each function takes and gives what the op of its name in torch.ops.fastda does."""
+"""Class means and episodes on Triton: each function takes and gives what torch.ops.fastda's of its name does."""
 
 from __future__ import annotations
 
