@@ -342,19 +342,23 @@ def calls_backward_op(run) -> bool:
     return "fastda::prototype_cross_entropy_backward" in names
 
 
-def forward_takes_gradients(classes=70, dtype=torch.float32, batch=()):
-    draw = Draw(Sizes(batch=batch, features=50), dtype)
-    return draw.samples(530), draw.samples(classes), draw.labels(530).remainder(classes)
+def forward_takes_gradients(classes=70, dtype=torch.float32, batch=(), queries=530, features=50):
+    draw = Draw(Sizes(batch=batch, features=features), dtype)
+    return draw.samples(queries), draw.samples(classes), draw.labels(queries).remainder(classes)
 
 
 @pytest.mark.compiled_core
 @each_metric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("classes, batch", [(70, ()), (1100, ()), (45, (2,))])
+@pytest.mark.parametrize(
+    "queries, features, classes, batch",
+    [(530, 50, 70, ()), (530, 50, 1100, ()), (530, 50, 45, (2,)), (83, 90, 1100, ()), (90, 90, 45, (2,))],
+)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "sum", "ignore_index": 3}])
-def test_gradients_taken_in_the_forward_pass(metric, dtype, classes, batch, options):
-    """Eager mode takes them there; torch.func takes the way through the backward op."""
-    queries, prototypes, targets = forward_takes_gradients(classes, dtype, batch)
+def test_gradients_taken_in_the_forward_pass(metric, dtype, queries, features, classes, batch, options):
+    """Eager mode takes them there, in the gradient's own memory where features are as many as queries; torch.func takes
+    the way through the backward op."""
+    queries, prototypes, targets = forward_takes_gradients(classes, dtype, batch, queries, features)
     temperature = torch.tensor(0.3 if metric == "cosine" else 20.0)
 
     def loss(queries, prototypes, temperature):
@@ -369,6 +373,23 @@ def test_gradients_taken_in_the_forward_pass(metric, dtype, classes, batch, opti
     for got, exact in zip(taken, expected, strict=True):
         assert got.dtype == exact.dtype
         assert_close(got, exact, rtol=rounding, atol=rounding * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("queries, features, classes", [(530, 50, 200), (130, 140, 1100), (600, 610, 70)])
+def test_gradients_taken_in_the_forward_pass_do_not_depend_on_threads(queries, features, classes, needed):
+    tensors = forward_takes_gradients(classes, queries=queries, features=features)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            leaves = [x.clone().requires_grad_(need) for x, need in zip(tensors, needed)]
+            loss = fastda.prototype_cross_entropy(*leaves, tensors[2], temperature=20.0)
+            found.append((loss, *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_close(found[2], found[0], rtol=0, atol=0)
 
 
 def test_gradients_taken_in_the_forward_pass_are_handed_over_once():

@@ -315,23 +315,27 @@ void panel_shape(PanelShape* shape) {
   *shape = {Panel<T>::lanes, Panel<T>::columns, Panel<T>::depth};
 }
 
-// sum(r, j) = Σ_k a(k, r) b(k, j) for a few rows of a block and a panel of so many vectors.
 template <typename T, int vectors>
-FASTDA_INLINE void multiply_packed(const T* a, const T* b, int64_t depth, typename Grid<T>::Vector (*sum)[vectors]) {
-  using G = Grid<T>;
-  constexpr int rows = Panel<T>::rows;
+FASTDA_INLINE void clear(typename Grid<T>::Vector (*sum)[vectors]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < Panel<T>::rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[r][v] = typename G::Vector{};
+    for (int v = 0; v < vectors; ++v) sum[r][v] = typename Grid<T>::Vector{};
   }
-  for (int64_t k = 0; k < depth; ++k, a += G::lanes, b += vectors * G::lanes) {
+}
+
+// Adds Σ_k a(k, r) b(k, j) to sum(r, j) for a few rows and a panel of so many vectors; a(k, r) lies at
+// a[k * step + r * row], by default in a block of rows.
+template <typename T, int vectors, int64_t step = Panel<T>::lanes, int64_t row = 1>
+FASTDA_INLINE void add_products(const T* a, const T* b, int64_t depth, typename Grid<T>::Vector (*sum)[vectors]) {
+  using G = Grid<T>;
+  for (int64_t k = 0; k < depth; ++k, a += step, b += vectors * G::lanes) {
     typename G::Vector right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = G::load(b + v * G::lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const T left = a[r];
+    for (int r = 0; r < Panel<T>::rows; ++r) {
+      const T left = a[r * row];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
     }
@@ -471,8 +475,9 @@ void products_with_vectors(const T* a, int64_t count, const T* panel, int64_t de
   typename G::Vector sum[rows][vectors];
   for (int64_t k = 0; k < depth || k == 0; k += Panel<T>::depth) {
     for (int64_t i = 0; i < count; i += rows) {
-      multiply_packed<T, vectors>(a + i / G::lanes * G::lanes * depth + k * G::lanes + i % G::lanes,
-                                  panel + k * vectors * G::lanes, least(Panel<T>::depth, depth - k), sum);
+      clear<T, vectors>(sum);
+      add_products<T, vectors>(a + i / G::lanes * G::lanes * depth + k * G::lanes + i % G::lanes,
+                               panel + k * vectors * G::lanes, least(Panel<T>::depth, depth - k), sum);
       put_rows<T, vectors>(sum, least(rows, count - i), width, k > 0, out + i * out_stride, out_stride);
     }
   }
@@ -538,36 +543,44 @@ void distances_from_products(Metric metric, const T* products, int64_t products_
   }
 }
 
+// Completes Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c), of which the last sum is there, for a few rows x.
+// Where totals, the Σ_k w_k, are null, the first part is left out.
+template <typename T, int vectors>
+FASTDA_INLINE void complete_sums(const T* x, int64_t x_stride, int64_t rows, const double* totals, const T* centre,
+                                 typename Grid<T>::Vector (*sum)[vectors]) {
+  using G = Grid<T>;
+  typename G::Vector middle[vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Panel<T>::rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] = -sum[r][v];
+  }
+  if (!totals) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) middle[v] = G::load(centre + v * G::lanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < Panel<T>::rows; ++r) {
+    const int64_t there = least(r, rows - 1);
+    const T total = static_cast<T>(totals[there]), *row = x + there * x_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(row + v * G::lanes) - middle[v]) * total;
+  }
+}
+
 template <typename T, int vectors>
 void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples,
                    const T* x, int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
                    int64_t out_stride) {
   using G = Grid<T>;
   constexpr int64_t rows = Panel<T>::rows;
-  typename G::Vector sum[rows][vectors], middle[vectors];
+  typename G::Vector sum[rows][vectors];
   for (int64_t i = 0; i < count; i += rows, out += rows * out_stride, x += rows * x_stride) {
     const int64_t some = least(rows, count - i);
     if (add) prefetch_rows<T, vectors>(out, out_stride, some);
     if (totals) prefetch_rows<T, vectors>(x, x_stride, some);
-    multiply_packed<T, vectors>(w + i / G::lanes * between + i % G::lanes, panel, samples, sum);
-    if (!product) {
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = -sum[r][v];
-      }
-    }
-    if (totals) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) middle[v] = G::load(centre + v * G::lanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const int64_t there = least(r, some - 1);
-        const T total = static_cast<T>(totals[i + there]), *row = x + there * x_stride;
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] += (G::load(row + v * G::lanes) - middle[v]) * total;
-      }
-    }
+    clear<T, vectors>(sum);
+    add_products<T, vectors>(w + i / G::lanes * between + i % G::lanes, panel, samples, sum);
+    if (!product) complete_sums<T, vectors>(x, x_stride, some, totals ? totals + i : nullptr, centre, sum);
     put_rows<T, vectors>(sum, some, width, add, out, out_stride);
   }
 }
@@ -583,5 +596,80 @@ void weigh_panel(bool product, const T* w, int64_t between, int64_t count, const
                       width, add, out, out_stride);
 }
 
+// Tiles: what belongs to query q and class c of a panel of classes lies at tile[q * Panel::columns + c]. Weights that
+// do are what products read row by row, whether queries are the rows or classes.
+
+// Sums like weigh_panel's for `count` rows x. The weights of row r and sample k of a tile lie at
+// tile[k * step + r * row]; the samples y are those of tiles `between` apart, `of_tile` of each.
+template <typename T, int vectors, int64_t step, int64_t row>
+FASTDA_INLINE void weigh_vectors_by_tiles(bool product, const T* tiles, int64_t between, int64_t of_tile, int64_t count,
+                                          const T* panel, int64_t samples, const T* x, int64_t x_stride,
+                                          const double* totals, const T* centre, int64_t width, bool add, T* out,
+                                          int64_t out_stride) {
+  constexpr int64_t rows = Panel<T>::rows;
+  typename Grid<T>::Vector sum[rows][vectors];
+  for (int64_t i = 0; i < count; i += rows, out += rows * out_stride, x += rows * x_stride) {
+    const int64_t some = least(rows, count - i);
+    if (add) prefetch_rows<T, vectors>(out, out_stride, some);
+    if (totals) prefetch_rows<T, vectors>(x, x_stride, some);
+    clear<T, vectors>(sum);
+    const T* tile = tiles + i * row;
+    for (int64_t k = 0; k < samples; k += of_tile, tile += between) {
+      add_products<T, vectors, step, row>(tile, panel + k * vectors * Grid<T>::lanes, least(of_tile, samples - k), sum);
+    }
+    if (!product) complete_sums<T, vectors>(x, x_stride, some, totals ? totals + i : nullptr, centre, sum);
+    put_rows<T, vectors>(sum, some, width, add, out, out_stride);
+  }
+}
+
+template <typename T, int vectors>
+void sum_vectors_over_classes(bool product, const T* tiles, int64_t between, int64_t queries, const T* panel,
+                              int64_t classes, const T* q, int64_t q_stride, const double* totals, const T* centre,
+                              int64_t width, bool add, T* out, int64_t out_stride) {
+  weigh_vectors_by_tiles<T, vectors, 1, Panel<T>::columns>(product, tiles, between, Panel<T>::columns, queries, panel,
+                                                           classes, q, q_stride, totals, centre, width, add, out,
+                                                           out_stride);
+}
+
+// Σ_c w(q, c) (q − p_c), or Σ_c w(q, c) p_c, from the tiles of some classes p and a panel of their columns.
+template <typename T>
+void sum_over_classes(bool product, const T* tiles, int64_t between, int64_t queries, const T* panel, int64_t classes,
+                      const T* q, int64_t q_stride, const double* totals, const T* centre, int64_t width, bool add,
+                      T* out, int64_t out_stride) {
+  FASTDA_WITH_VECTORS(sum_vectors_over_classes, width, product, tiles, between, queries, panel, classes, q, q_stride,
+                      totals, centre, width, add, out, out_stride);
+}
+
+template <typename T, int vectors>
+void sum_vectors_over_queries(bool product, const T* tile, int64_t classes, const T* panel, int64_t queries, const T* p,
+                              int64_t p_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
+                              int64_t out_stride) {
+  weigh_vectors_by_tiles<T, vectors, Panel<T>::columns, 1>(product, tile, 0, queries, classes, panel, queries, p,
+                                                           p_stride, totals, centre, width, add, out, out_stride);
+}
+
+// Σ_q w(q, c) (p_c − q), or Σ_q w(q, c) q, for some classes p of one tile and a panel of the columns of the queries.
+template <typename T>
+void sum_over_queries(bool product, const T* tile, int64_t classes, const T* panel, int64_t queries, const T* p,
+                      int64_t p_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
+                      int64_t out_stride) {
+  FASTDA_WITH_VECTORS(sum_vectors_over_queries, width, product, tile, classes, panel, queries, p, p_stride, totals,
+                      centre, width, add, out, out_stride);
+}
+
+// Samples first, first + 1, ... of panels of all features, `depth` samples deep: y less the centre, below each other.
+template <typename T>
+void pack_all_below(const T* y, int64_t stride, int64_t samples, int64_t features, const T* centre, int64_t first,
+                    int64_t depth, T* packed) {
+  using G = Grid<T>;
+  constexpr int64_t width = Panel<T>::columns;
+  for (int64_t k = first; k < first + samples; ++k, y += stride) {
+    for (int64_t d = 0; d < features; d += width) {
+      const int64_t used = (least(width, features - d) + G::lanes - 1) / G::lanes * G::lanes;
+      T* to = packed + d * depth + k * used;
+      for (int64_t j = 0; j < used; j += G::lanes) G::store(to + j, G::load(y + d + j) - G::load(centre + d + j));
+    }
+  }
+}
+
 #undef FASTDA_WITH_VECTORS
-#undef FASTDA_INLINE

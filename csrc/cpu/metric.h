@@ -22,6 +22,17 @@ constexpr int64_t classes_of_group = 5;  // whose gradients are found together w
 // Where sums go: over what is there, onto it, or past the caches, which a large result would only empty.
 enum class Put { store, add, stream };
 
+// What the gradient of a cross-entropy follows from. Of each query its label, the softmax over the classes and
+// ∂L/∂loss, 0 where it is ignored; ∂L/∂l is that times p − spread, and for the label times on_target less.
+template <typename T>
+struct LossGradient {
+  const int64_t* labels;
+  const T *largest, *log_sum, *of_losses;
+  T temperature, on_target, spread;
+  bool all_present;  // no class is empty
+  Metric metric;
+};
+
 inline Metric metric_of(c10::string_view name) {
   if (name == "sqeuclidean") return Metric::sqeuclidean;
   if (name == "euclidean") return Metric::euclidean;

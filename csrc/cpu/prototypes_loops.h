@@ -63,15 +63,6 @@ void join_softmax(const T* l, int64_t classes, T* largest, T* sum) {
   *largest = most;
 }
 
-// Adds the logits that count.
-template <typename T>
-void add_logits(const T* l, const uint8_t* empty, int64_t classes, double* total) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < classes; ++c) sum += empty && empty[c] ? 0.0 : static_cast<double>(l[c]);
-  *total += sum;
-}
-
 // Logits become log-probabilities or probabilities.
 template <typename T>
 void probabilities(T* l, int64_t classes, T largest, T log_sum, bool log) {
@@ -93,21 +84,25 @@ T weight(T of_distance, T distance, Metric metric) {
   return distance == 0 ? T(0) : of_distance / distance;
 }
 
-// Distances become weights, by ∂L/∂l; adds ∂L/∂T to the slope, where it is not null. `nearest` may be taken off the
-// distances there, where the ∂L/∂l of a query add up to 0: less is left to cancel.
+// ∂L/∂T of a query, by ∂L/∂l. `nearest` may be taken off the distances where the ∂L/∂l add up to 0: less is left to
+// cancel.
+template <typename T>
+double slope_of_query(const T* distances, int64_t classes, T temperature, T nearest, const T* of_logits) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < classes; ++c)
+    total += static_cast<double>(of_logits[c]) * static_cast<double>(distances[c] - nearest);
+  return total / (static_cast<double>(temperature) * static_cast<double>(temperature));
+}
+
+// Distances become weights, by ∂L/∂l; ∂L/∂T is stored in the slope, where it is not null.
 template <typename T>
 void weights_from_logits(T* row, const uint8_t* empty, int64_t classes, Metric metric, T temperature, T nearest,
-                         T* of_logit, T* slope) {
+                         T* of_logit, double* slope) {
   for (int64_t c = 0; empty && c < classes; ++c) {
     if (empty[c]) of_logit[c] = 0;
   }
-  double total = 0;
-  if (slope) {
-#pragma omp simd reduction(+ : total)
-    for (int64_t c = 0; c < classes; ++c)
-      total += static_cast<double>(of_logit[c]) * static_cast<double>(row[c] - nearest);
-    *slope += static_cast<T>(total / (static_cast<double>(temperature) * static_cast<double>(temperature)));
-  }
+  if (slope) *slope = slope_of_query(row, classes, temperature, nearest, of_logit);
   const T scale = -1 / temperature;
 #pragma omp simd
   for (int64_t c = 0; c < classes; ++c) row[c] = weight(of_logit[c] * scale, row[c], metric);
@@ -252,13 +247,6 @@ void through_softmax(const T* p, const T* grad, int64_t classes, bool log, T* of
   const T total = static_cast<T>(products / sum);
 #pragma omp simd
   for (int64_t c = 0; c < classes; ++c) of_logit[c] = log ? grad[c] - p[c] * total : p[c] * (grad[c] - total);
-}
-
-// grad · (p − spread) from logits: ∂L/∂l of the cross-entropy but for the target's part.
-template <typename T>
-void through_cross_entropy(T* l, int64_t classes, T largest, T log_sum, T grad, T spread) {
-#pragma omp simd
-  for (int64_t c = 0; c < classes; ++c) l[c] = grad * (exponential((l[c] - largest) - log_sum) - spread);
 }
 
 template <typename T>

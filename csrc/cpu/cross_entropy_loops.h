@@ -1,0 +1,107 @@
+// Inner loops of the cross-entropy over many classes; compiled once for each instruction set by for_each_isa.h.
+#include "prototypes_loops.h"
+
+// Adds the logits that count.
+template <typename T>
+void add_logits(const T* l, const uint8_t* empty, int64_t classes, double* total) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < classes; ++c) sum += empty && empty[c] ? 0.0 : static_cast<double>(l[c]);
+  *total += sum;
+}
+
+// −d/T; a division costs as much as the rest.
+template <typename T>
+FASTDA_INLINE T logit(T distance, T temperature) {
+  return temperature == 1 ? -distance : -distance / temperature;
+}
+
+// The largest logit m of a query and Σ exp(l − m).
+template <typename T>
+FASTDA_INLINE void softmax_of_query(const T* distances, int64_t classes, T temperature, T* largest, T* sum) {
+  T nearest = std::numeric_limits<T>::infinity(), total = 0;
+#pragma omp simd reduction(min : nearest)
+  for (int64_t c = 0; c < classes; ++c) nearest = distances[c] < nearest ? distances[c] : nearest;
+  const T most = logit(nearest, temperature);
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < classes; ++c) total += exponential(logit(distances[c], temperature) - most);
+  *largest = most;
+  *sum = total;
+}
+
+// The same of each query of a tile of finite distances.
+template <typename T>
+void softmax_of_tile(const T* tile, int64_t queries, int64_t classes, T temperature, T* largest, T* sums) {
+  constexpr int64_t columns = Panel<T>::columns;
+  for (int64_t q = 0; q < queries; ++q, tile += columns) {
+    if (classes == columns) {  // known to the compiler, the rows need no loop
+      softmax_of_query(tile, columns, temperature, largest + q, sums + q);
+    } else {
+      softmax_of_query(tile, classes, temperature, largest + q, sums + q);
+    }
+  }
+}
+
+// The same of all classes from those of some parts of them, which lie `stride` apart.
+template <typename T>
+void join_parts(const T* largest, const T* sums, int64_t parts, int64_t stride, int64_t queries, T* all_largest,
+                T* all_sums) {
+  for (int64_t q = 0; q < queries; ++q) all_largest[q] = largest[q], all_sums[q] = 0;
+  for (int64_t i = 1; i < parts; ++i) {
+    const T* more = largest + i * stride;
+#pragma omp simd
+    for (int64_t q = 0; q < queries; ++q) all_largest[q] = more[q] > all_largest[q] ? more[q] : all_largest[q];
+  }
+  for (int64_t i = 0; i < parts; ++i, largest += stride, sums += stride) {
+#pragma omp simd
+    for (int64_t q = 0; q < queries; ++q) all_sums[q] += sums[q] * exponential(largest[q] - all_largest[q]);
+  }
+}
+
+// Weights from the distances of query i to some classes, from `first` on; returns what they add up to. Adds ∂L/∂T to
+// the slope, where it is not null.
+template <typename T>
+FASTDA_INLINE double weigh_query(const LossGradient<T>& of, int64_t i, int64_t first, int64_t classes,
+                                 const uint8_t* empty, const T* distances, T* of_logits, double* slope, T* weights) {
+  const T largest = of.largest[i], log_sum = of.log_sum[i], of_loss = of.of_losses[i], spread = of.spread;
+  const T temperature = of.temperature, scale = -1 / temperature;
+#pragma omp simd
+  for (int64_t c = 0; c < classes; ++c) {
+    of_logits[c] = of_loss * (exponential((logit(distances[c], temperature) - largest) - log_sum) - spread);
+  }
+  const int64_t label = of.labels[i] - first;
+  if (label >= 0 && label < classes) of_logits[label] -= of_loss * of.on_target;
+  for (int64_t c = 0; empty && c < classes; ++c) {
+    if (empty[c]) of_logits[c] = 0;
+  }
+  const T nearest = of.all_present ? -largest * temperature : T(0);
+  if (slope) *slope += slope_of_query(distances, classes, temperature, nearest, of_logits);
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < classes; ++c) {
+    weights[c] = weight(of_logits[c] * scale, distances[c], of.metric);
+    total += static_cast<double>(weights[c]);
+  }
+  return total;
+}
+
+// The distances of a query become weights.
+template <typename T>
+void weigh_row(const LossGradient<T>& of, int64_t i, int64_t first, int64_t classes, const uint8_t* empty, T* row,
+               T* scratch, double* slope) {
+  weigh_query(of, i, first, classes, empty, row, scratch, slope, row);
+}
+
+// Weights from some queries of a tile, in another tile; adds those of each query to its total.
+template <typename T>
+void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64_t first, int64_t classes,
+                const T* tile, double* slopes, double* totals, T* weights) {
+  constexpr int64_t columns = Panel<T>::columns;
+  T of_logits[columns];
+  for (int64_t i = query; i < query + queries; ++i, tile += columns, weights += columns) {
+    double* slope = slopes ? slopes + i : nullptr;
+    totals[i] += classes == columns
+                     ? weigh_query<T>(of, i, first, columns, nullptr, tile, of_logits, slope, weights)
+                     : weigh_query<T>(of, i, first, classes, nullptr, tile, of_logits, slope, weights);
+  }
+}
