@@ -200,7 +200,7 @@ def weights(blocks: Blocks, mode: str) -> Blocks:
     if mode == "neighbours" and blocks.rows > 32:
         return dataclasses.replace(blocks, rows=64, columns=64, num_warps=8, registers=224)
     if mode in ("softmax", "log softmax", "totals") and blocks.rows == 64:
-        return dataclasses.replace(blocks, registers=224)
+        return dataclasses.replace(blocks, num_warps=8, registers=224)
     return blocks
 
 

@@ -129,7 +129,9 @@ def distance_tile(
     again after the loop (the modifier, which names what is done anyway, keeps Triton from making one load of both), and
     columns are counted from `first`, so that the compiler knows all their offsets.
     """
-    features, (centre, statistics), (num_queries, num_classes, num_features) = points
+    features, known, sizes = points
+    centre, statistics = known
+    num_queries, num_classes, num_features = sizes
     queries, queries_row, exact_queries, exact_row, prototypes, prototypes_row = features
     in_rows = rows < num_queries
     column = tl.arange(0, CLASSES)
