@@ -82,6 +82,7 @@ class InnerLoop(nn.Module):
         self.norm_statistics = option("norm_statistics", norm_statistics, NORM_STATISTICS)
         self.chunk_size = chunk_size
         self.compile = compile
+        run_as_it_is(type(self))
         self.process_group = process_group
         self._adapted = self._choose(adapted, not_adapted)
         self._shares_weights = len(list(network.named_parameters(remove_duplicate=False))) > len(
@@ -374,6 +375,16 @@ def clip(gradients: Parameters, max_norm: float) -> Parameters:
     too_large = squared > max_norm**2
     scale = torch.where(too_large, max_norm * torch.where(too_large, squared, 1.0).rsqrt(), 1.0)
     return {name: scale.view(-1, *[1] * (x.dim() - 1)) * x for name, x in gradients.items()}
+
+
+def run_as_it_is(learner: type[nn.Module]) -> None:
+    """Have `torch.compile` around a learner, or around a training step, run its forward pass uncompiled.
+
+    Compiled from outside, the gradients that it takes would be wrong (torch 2.13). Once for a class; not at import,
+    since it loads the compiler, as making an optimiser does.
+    """
+    if "_torchdynamo_disable" not in learner.forward.__dict__:
+        learner.forward = torch.compiler.disable(learner.forward)
 
 
 def compiled_with_gradients(function: Callable) -> Callable:
