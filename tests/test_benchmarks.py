@@ -100,8 +100,8 @@ def test_wide_coral_memory_has_its_figure():
     sides = {name: make_side(case, name).call for name in ("fused", "reference")}
     extra = {name: memory(call, case.arguments(), "cpu")["extra"] for name, call in sides.items()}
     outcome = records.outcome(case, figure, {"sides": {"fused": {"memory": {"extra": extra["fused"]}}}})
-    figure, value = "extra memory, MB ≤ 8", extra["fused"] / 1e6
-    assert outcome == {"figure": figure, "bound": 8, "value": value, "reached": True, "interval": None}
+    name, value = "extra memory, MB ≤ 8", extra["fused"] / 1e6
+    assert outcome == {"figure": name, "bound": 8, "value": value, "reached": True, "interval": None}
     assert extra["reference"] > 190e6
     too_much = records.outcome(case, figure, {"sides": {"fused": {"memory": {"extra": extra["reference"]}}}})
     assert too_much["reached"] is False

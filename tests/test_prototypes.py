@@ -180,6 +180,14 @@ def test_an_empty_class_counts_for_nothing(module, metric, where):
         assert losses[0] == math.inf and losses[1:].isfinite().all()
 
 
+def test_the_gradient_of_one_class_is_nothing_however_its_label_is_smoothed():
+    """Its probability is 1, and what it should be adds up to 1, rounded or not."""
+    query, prototype = torch.tensor([[1.5410]], requires_grad=True), torch.tensor([[-0.2054]], requires_grad=True)
+    for smoothing in torch.linspace(0, 1, 101).tolist():
+        loss = fastda.prototype_cross_entropy(query, prototype, torch.tensor([0]), label_smoothing=smoothing)
+        assert all(not grad.any() for grad in torch.autograd.grad(loss, [query, prototype]))
+
+
 @each_module
 @each_metric
 def test_an_empty_class_in_an_episode(module, metric):

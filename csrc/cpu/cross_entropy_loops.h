@@ -70,7 +70,10 @@ FASTDA_INLINE double weigh_query(const LossGradient<T>& of, int64_t i, int64_t f
     of_logits[c] = of_loss * (exponential((logit(distances[c], temperature) - largest) - log_sum) - spread);
   }
   const int64_t label = of.labels[i] - first;
-  if (label >= 0 && label < classes) of_logits[label] -= of_loss * of.on_target;
+  if (label >= 0 && label < classes) {  // from the start again: 0 where the probability is what it should be
+    const T p = exponential((logit(distances[label], temperature) - largest) - log_sum);
+    of_logits[label] = of_loss * ((p - spread) - of.on_target);
+  }
   for (int64_t c = 0; empty && c < classes; ++c) {
     if (empty[c]) of_logits[c] = 0;
   }

@@ -135,14 +135,16 @@ class QueryLosses {
   }
 
   LossGradient<T> gradient(const std::vector<T>& of_losses, int64_t present) const {
-    const double spread = options_.smoothing == 0 ? 0 : options_.smoothing / static_cast<double>(present);
+    const auto classes = static_cast<double>(present);
+    const T spread = options_.smoothing == 0 ? T(0) : static_cast<T>(options_.smoothing / classes);
+    const double on_target = 1 - classes * static_cast<double>(spread);  // of what was rounded: together they are 1
     return {label_,
             largest_,
             log_sum_,
             of_losses.data(),
             temperature_,
-            static_cast<T>(1 - options_.smoothing),
-            static_cast<T>(spread),
+            static_cast<T>(on_target),
+            spread,
             present == n_.classes,
             n_.metric};
   }
