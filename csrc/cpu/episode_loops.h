@@ -1,9 +1,6 @@
 // Inner loops of episodes, which have few classes; compiled once for each instruction set by for_each_isa.h.
 #include "prototypes_loops.h"
 
-// Inlined, arrays of vectors stay in registers.
-#define FASTDA_INLINE inline __attribute__((always_inline))
-
 // Of the sums over queries, which stay in the first cache, with the prototypes.
 template <typename T>
 constexpr int64_t columns_of_group = 3072 / sizeof(T);
@@ -100,5 +97,3 @@ void gradients_of_group(bool product, const T* q, int64_t q_stride, int64_t quer
   const auto run = product ? &gradients_of_group<T, true> : &gradients_of_group<T, false>;
   run(q, q_stride, queries, p, p_stride, classes, w, w_stride, begin, end, width, put, grad_q, grad_p, grad_stride);
 }
-
-#undef FASTDA_INLINE

@@ -208,8 +208,8 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
   at::parallel_for(0, q.depth() / lanes, thread_grain(2 * work), [&](int64_t begin, int64_t end) {
     for (int64_t c = 0; c < p.count(); c += classes_of_group) {
       FASTDA_RUN(gradients_of_group(metric == Metric::cosine, q.row(0), q.stride(), q.count(), p.row(c), p.stride(),
-                                    std::min(classes_of_group, p.count() - c), weights + c, stride, begin * lanes, end * lanes,
-                                    q.features(), c == 0 ? put : Put::add, grad_queries,
+                                    std::min(classes_of_group, p.count() - c), weights + c, stride, begin * lanes,
+                                    end * lanes, q.features(), c == 0 ? put : Put::add, grad_queries,
                                     grad_prototypes + c * q.features(), q.features()));
     }
   });
