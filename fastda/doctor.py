@@ -15,6 +15,8 @@ from . import backend
 from .kernels import cpp
 from .version import __version__
 
+LONGEST_IN_ROW = 60  # columns of a reason
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -28,11 +30,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in environment():
         print(f"{name:<16}{value}")
     print()
-    rows = [("op", "device", "backend", "why")]
-    rows += [(row.op, row.device, row.backend, row.reason) for row in backend.serving()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for *cells, reason in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), reason]).rstrip())
+    print(table(backend.serving()))
     try:
         backend.check_requested()
     except (ValueError, RuntimeError) as error:
@@ -57,6 +55,20 @@ def environment() -> list[tuple[str, str]]:
         *((f"  {name}", str(value)) for name, value in (cpp.status.stamp or {}).items()),
         ("backend", f"{backend.requested()} (FASTDA_BACKEND: {variable})"),
     ]
+
+
+def table(services: list[backend.OpService]) -> str:
+    """A row for each op and device; what is too long to stand in a row stands once below, and rows refer to it."""
+    notes = list(dict.fromkeys(row.reason for row in services if len(row.reason) > LONGEST_IN_ROW))
+    rows = [("op", "device", "backend", "why")]
+    for row in services:
+        why = f"[{notes.index(row.reason) + 1}]" if row.reason in notes else row.reason
+        rows.append((row.op, row.device, row.backend, why))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(x.ljust(width) for x, width in zip(row, widths)), row[3]]).rstrip() for row in rows]
+    if notes:
+        lines += ["", *(f"[{number}] {note}" for number, note in enumerate(notes, 1))]
+    return "\n".join(lines)
 
 
 def triton_version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ import sys
 import pytest
 
 import fastda.reference
-from fastda import cli
+from fastda import backend, cli, doctor
 from fastda.kernels import cpp
 from fastda.version import __version__
 
@@ -132,7 +133,8 @@ def table(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     header = next(index for index, line in enumerate(lines) if line.split()[:3] == ["op", "device", "backend"])
-    return [line.split(maxsplit=3) for line in lines[header + 1 :]]
+    rows = itertools.takewhile(bool, lines[header + 1 :])  # below an empty line stand the notes
+    return [line.split(maxsplit=3) for line in rows]
 
 
 def test_doctor_says_what_serves_every_op_on_the_cpu(table):
@@ -155,6 +157,20 @@ def test_doctor_shows_versions_and_stamp(capsys):
         assert f"\n{word} " in f"\n{text}"
     assert (cpp.status.path if cpp.status.available else cpp.status.reason) in text
     assert all(str(value) in text for value in (cpp.status.stamp or {}).values() if value)
+
+
+def test_doctor_says_a_long_reason_once():
+    long = "triton was asked for, and cannot be had: there is no CUDA device; to run on the CPU, set a switch"
+    longer = f"{long} before Triton is imported"
+    rows = [("a", "cpp", ""), ("b", "reference", "asked for"), ("c", "none", longer), ("d", "none", long)]
+    services = [backend.OpService(op, device, name, why) for op, name, why in rows for device in ("cpu", "cuda")]
+    text = doctor.table(services)
+    assert text.count(longer) == 1 and text.count(long) == 2
+    assert text.count("asked for") == 4  # twice in a row, twice in a note
+    body, notes = text.split("\n\n")
+    assert [line.split()[-1] for line in body.splitlines()[-4:]] == ["[1]", "[1]", "[2]", "[2]"]
+    assert notes.splitlines() == [f"[1] {longer}", f"[2] {long}"]
+    assert "\n\n" not in doctor.table(services[:4])
 
 
 def test_doctor_fails_where_the_backend_asked_for_cannot_serve(tmp_path):
