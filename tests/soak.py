@@ -2,7 +2,7 @@
 
 Each op's property test (values and gradients against the reference, over sizes, dtypes, layouts and options) runs in a
 process of its own with the hypothesis profile `soak`. After each of them the record of this machine is written, as JSON
-and as a table; it keeps the rows of ops that are not run this time.
+and as a table; it keeps the rows of ops that are not run this time, or that could not be.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -41,29 +42,44 @@ def revision() -> str:
     return git("log", "-1", "--format=%h", "--abbrev=12").strip() + " with changes" * bool(git("status", "--porcelain"))
 
 
+class DidNotStartError(RuntimeError):
+    """No example was tried, so that nothing is known of the op."""
+
+
+def reason_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The first error that pytest printed, with the call that failed in one line; else how it ended."""
+    said = done.stdout + done.stderr
+    lines = [line[2:].strip() for line in said.splitlines() if line.startswith("E ")]
+    if not lines:
+        return f"exit code {done.returncode}: {' '.join(said[-500:].split())}"
+    example = re.search(r"\w+=torch\.\w+\[.*", said)
+    return lines[0] + (f"; {example.group()}" if example else "")
+
+
+def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    """How many examples passed and failed, and the first failure's message; an error where none was tried."""
+    counts = re.findall(r"(\d+) passing(?: examples)?, (\d+) failing", done.stdout)
+    passed, failed = (sum(int(pair[i]) for pair in counts) for i in range(2))
+    reason = reason_of(done) if done.returncode != 0 else ""
+    if -done.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGBUS):
+        failed += 1  # an example that took the process with it
+    if passed + failed == 0:
+        raise DidNotStartError(reason or f"no example was counted: {' '.join(done.stdout[-500:].split())}")
+    return {"passed": passed, "failed": failed, "reason": reason}
+
+
 def soak(op: str, examples: int, of: str) -> dict[str, object]:
-    """How many examples passed and failed, the first failure's message, and the seconds it took."""
+    """The op's row of the record."""
     start = perf_counter()
     words = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--hypothesis-show-statistics"]
     words += ["-p", "no:cacheprovider", f"{TEST}[{op}]"]
     environment = {"HYPOTHESIS_PROFILE": "soak", "SOAK_EXAMPLES": str(examples)}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     done = subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
-    counts = re.findall(r"(\d+) passing(?: examples)?, (\d+) failing", done.stdout)
-    passed, failed = (sum(int(pair[i]) for pair in counts) for i in range(2))
-    reason = ""
-    if done.returncode != 0:
-        said = done.stdout + done.stderr
-        lines = [line[2:].strip() for line in said.splitlines() if line.startswith("E ")]
-        reason = lines[0] if lines else f"exit code {done.returncode}: {said[-200:]}"
-        example = re.search(r"\w+=torch\.\w+\[.*", said)  # the call in one line
-        reason += f"; {example.group()}" if example else ""
     return {
         "op": op,
         "asked": examples,
-        "passed": passed,
-        "failed": failed,
-        "reason": reason,
+        **outcome(done),
         "seconds": perf_counter() - start,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "revision": of,
@@ -121,12 +137,19 @@ def main() -> int:
     of = revision()
     good = True
     with ThreadPoolExecutor(options.jobs) as pool, progress_bar(None, total=len(options.ops), unit="op") as bar:
-        for done in as_completed([pool.submit(soak, op, options.examples, of) for op in options.ops]):
-            row = done.result()
-            good &= row["failed"] == 0 and row["passed"] > 0 and not row["reason"]
-            add(row, stem)
+        runs = {pool.submit(soak, op, options.examples, of): op for op in options.ops}
+        for done in as_completed(runs):
+            try:
+                row = done.result()
+            except DidNotStartError as error:
+                print(f"{runs[done]}: did not start, so the record is left as it was: {error}", file=sys.stderr)
+                good = False
+            else:
+                good &= row["failed"] == 0 and not row["reason"]
+                add(row, stem)
             bar.update()
-    print(Path(f"{stem}.md").read_text(encoding="utf-8"))
+    if (written := Path(f"{stem}.md")).exists():
+        print(written.read_text(encoding="utf-8"))
     return 0 if good else 1
 
 
