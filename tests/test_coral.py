@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import fastda
 import fastda.reference
+from fastda.benchmarks.memory import memory
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
@@ -173,6 +174,13 @@ def test_layers_are_weighted_and_summed(module):
     assert_close(total, 2 * first + 0.5 * second)
     assert_close(torch.autograd.grad(total, weight)[0], second)
     assert_close(module.deep_coral_loss([a], [b]), module.coral_loss(a, b))
+
+
+@pytest.mark.compiled_core
+def test_a_single_layer_is_not_copied():
+    source, target = (x.float() for x in domains(2000, 1500, 32))
+    used = memory(lambda source, target: fastda.deep_coral_loss([source], [target]), (source, target), "cpu")
+    assert used["extra"] < source.nbytes / 2
 
 
 @each_module

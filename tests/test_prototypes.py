@@ -144,6 +144,21 @@ def test_class_means(module):
         assert_close(module.class_means(support, labels.to(dtype), 3, empty="zero"), zero)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_class_means_round_gradients_of_any_number_of_samples(dtype):
+    samples, features = 2 * 2**13 + 3, 64  # which are rounded in three blocks
+    draw = Draw(Sizes(samples=samples, features=features, classes=7), dtype)
+    support, labels = draw.samples(samples), draw.labels(samples)
+    incoming = random_like(torch.empty(7, features), 1)
+
+    def gradient(support):
+        support = support.requires_grad_()
+        return torch.autograd.grad(fastda.class_means(support, labels, 7, empty="zero"), support, incoming)[0]
+
+    rounded, exact = gradient(support), gradient(support.detach().float())
+    assert rounded.dtype == dtype and torch.equal(rounded, exact.to(dtype))
+
+
 @each_module
 @each_metric
 @pytest.mark.parametrize("where", [0, 1, 3])

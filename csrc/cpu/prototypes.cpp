@@ -18,6 +18,8 @@
 namespace fastda {
 namespace {
 
+constexpr int64_t values_at_once = 1 << 19;  // of a gradient, before they are rounded to half precision
+
 // The samples of each class, in their order: of(c) ... of(c) + count(c).
 class Members {
  public:
@@ -95,22 +97,32 @@ Tensor class_means_backward(const Tensor& grad_means, const Tensor& support, con
   check_count("grad_means", grad_means, batch * num_classes * features);
   if (!need_support) return at::empty({0}, support.options());
   const auto dtype = accumulate_type(support.scalar_type());
-  const Tensor result = at::empty(support.sizes(), support.options().dtype(dtype));
   const Tensor grad = grad_means.to(dtype).contiguous(), label = labels.contiguous(), count = counts.contiguous();
   const int64_t *label_of = label.const_data_ptr<int64_t>(), *count_of = count.const_data_ptr<int64_t>();
+  const int64_t rows = batch * samples;
+  const Tensor result = at::empty({rows, features}, support.options());
+  // Half precision is rounded block by block: a gradient held in float32 would take twice the memory of the result.
+  const bool rounds = dtype != support.scalar_type();
+  const int64_t at_once = rounds ? std::max<int64_t>(1, values_at_once / std::max<int64_t>(1, features)) : rows;
+  const Tensor exact = rounds ? at::empty({std::min(at_once, rows), features}, grad.options()) : result;
   accumulate_as(support, [&](auto zero) {
     using T = decltype(zero);
     const T* from = grad.const_data_ptr<T>();
-    T* to = data<T>(result);
-    at::parallel_for(0, batch * samples, grain(features), [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        check_label("labels", label_of[s], num_classes);
-        const int64_t c = s / samples * num_classes + label_of[s];
-        FASTDA_RUN(divide(from + c * features, static_cast<T>(count_of[c]), features, to + s * features));
-      }
-    });
+    T* to = data<T>(exact);
+    for (int64_t first = 0; first < rows; first += at_once) {
+      const int64_t some = std::min(at_once, rows - first);
+      at::parallel_for(0, some, grain(features), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t s = first + i;
+          check_label("labels", label_of[s], num_classes);
+          const int64_t c = s / samples * num_classes + label_of[s];
+          FASTDA_RUN(divide(from + c * features, static_cast<T>(count_of[c]), features, to + i * features));
+        }
+      });
+      if (rounds) result.narrow(0, first, some).copy_(exact.narrow(0, 0, some));
+    }
   });
-  return result.to(support.scalar_type());
+  return result.reshape(support.sizes());
 }
 
 struct Episodes {

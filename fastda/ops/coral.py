@@ -128,6 +128,11 @@ def coral_loss(
     return reduce(losses, reduction)
 
 
+def _in_one(layers: list[Tensor]) -> Tensor:
+    """The layers one behind the other; a single one is not copied."""
+    return layers[0] if len(layers) == 1 else torch.cat(layers, -1)
+
+
 @specified_by(reference.deep_coral_loss)
 def deep_coral_loss(
     sources: Sequence[Tensor],
@@ -168,7 +173,7 @@ def deep_coral_loss(
     weights = None if weights is None else list(weights)
     inside = not torch.compiler.is_compiling() and not any(isinstance(weight, Tensor) for weight in weights or ())
     factors = [1.0] * len(pairs) if weights is None or not inside else [float(weight) for weight in weights]
-    flat_sources, flat_targets = (torch.cat([x.flatten(-2) for x in domain], -1) for domain in zip(*pairs))
+    flat_sources, flat_targets = (_in_one([x.flatten(-2) for x in domain]) for domain in zip(*pairs))
     counts = map(list, zip(*shapes))
     losses, mean_distances, *_ = _coral_layers(flat_sources, flat_targets, *counts, factors, correction, scale)
     if mean_weight != 0:
