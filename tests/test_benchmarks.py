@@ -224,6 +224,24 @@ def test_the_torchvision_stand_in_leaves_nothing_behind(monkeypatch):
     assert sys.meta_path == finders and "torchvision" not in sys.modules
 
 
+@pytest.mark.parametrize("transformers_import", [True, False])
+def test_transformers_does_not_take_the_stand_in_for_torchvision(transformers_import, monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find_spec(name))
+    asks = "import sys; asked = any(x.find_spec('torchvision') for x in sys.meta_path if 'StandIn' in type(x).__name__)"
+    asks += "" if transformers_import else "; raise RuntimeError('too old')"
+    (tmp_path / "transformers.py").write_text(asks)
+    (tmp_path / "peer_to_try.py").write_text("import torchvision\ntry: import transformers\nexcept RuntimeError: pass")
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert peers.import_peer("peer_to_try").torchvision
+        assert not sys.modules["transformers"].asked if transformers_import else "transformers" not in sys.modules
+    finally:
+        del sys.modules["peer_to_try"]
+        sys.modules.pop("transformers", None)
+
+
 # Timing
 
 

@@ -15,7 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,17 @@ class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def torchvision_stand_in() -> Iterator[None]:
-    """Within the block `import torchvision` succeeds without torchvision; afterwards it is gone again."""
+    """Within the block `import torchvision` succeeds without torchvision; afterwards it is gone again.
+
+    transformers, which pytorch-adapt imports by way of torchmetrics, asks once in its life whether there is torchvision:
+    it is imported before the block.
+    """
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return
+    if importlib.util.find_spec("transformers") is not None:
+        with suppress(Exception):  # what does not import asks nothing; the peer that needs it will say so
+            importlib.import_module("transformers")
     finder = _StandIn()
     sys.meta_path.append(finder)
     try:

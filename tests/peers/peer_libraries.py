@@ -37,10 +37,6 @@ def is_installed(library: str) -> bool:
 def imported(library: str) -> Iterator[None]:
     """Within the block the library can be imported. Afterwards it is unpatched, and a stand-in is gone."""
     installed = is_installed(library)
-    if find_spec("transformers") is not None:  # looks once for torchvision: before the stand-in
-        from transformers.utils import is_torchvision_available
-
-        is_torchvision_available()
     sys.path.append(str(STAND_INS))  # last: what is installed comes first
     try:
         import_peer(MODULES[library])
