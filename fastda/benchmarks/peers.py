@@ -51,7 +51,7 @@ class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def torchvision_stand_in() -> Iterator[None]:
     """Within the block `import torchvision` succeeds without torchvision; afterwards it is gone again.
 
-    transformers, which pytorch-adapt imports by way of torchmetrics, asks once in its life whether there is torchvision:
+    transformers, which pytorch-adapt imports by way of torchmetrics, asks once whether there is torchvision:
     it is imported before the block.
     """
     if importlib.util.find_spec("torchvision") is not None:
