@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 
+# Before NumPy and SciPy are loaded: in problems as small as these, OpenBLAS's threads wait for each other most of the
+# time, and even more where something else runs.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import installed
 import pytest
 import torch

@@ -3,7 +3,9 @@
 On a GPU machine the kernels run compiled, in tests/gpu.
 """
 
+import functools
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 
@@ -23,8 +25,31 @@ def _forget_plans():
 
 
 @pytest.fixture(scope="module")
-def on_triton():
+def on_triton(quick_interpreter):
     with fastda.use_backend("triton"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter():
+    """Triton's interpreter looks for the builtins of its language at each call of a function: here once a module.
+
+    That took most of the time of these tests. Builtins are found in a module before they are first replaced there.
+    """
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package):
+        return [name for name, member in inspect.getmembers(package) if interpreter.tl.core.is_builtin(member)]
+
+    def patch(package, *rest):
+        for name in builtins(package):
+            member = getattr(package, name)
+            if interpreter.tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    with pytest.MonkeyPatch.context() as replaced:
+        replaced.setattr(interpreter, "_patch_builtin", patch)
         yield
 
 
