@@ -315,10 +315,10 @@ void panel_shape(PanelShape* shape) {
   *shape = {Panel<T>::lanes, Panel<T>::columns, Panel<T>::depth};
 }
 
-template <typename T, int vectors>
+template <typename T, int vectors, int rows = Panel<T>::rows>
 FASTDA_INLINE void clear(typename Grid<T>::Vector (*sum)[vectors]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < Panel<T>::rows; ++r) {
+  for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sum[r][v] = typename Grid<T>::Vector{};
   }
@@ -326,7 +326,7 @@ FASTDA_INLINE void clear(typename Grid<T>::Vector (*sum)[vectors]) {
 
 // Adds Σ_k a(k, r) b(k, j) to sum(r, j) for a few rows and a panel of so many vectors; a(k, r) lies at
 // a[k * step + r * row], by default in a block of rows.
-template <typename T, int vectors, int64_t step = Panel<T>::lanes, int64_t row = 1>
+template <typename T, int vectors, int64_t step = Panel<T>::lanes, int64_t row = 1, int rows = Panel<T>::rows>
 FASTDA_INLINE void add_products(const T* a, const T* b, int64_t depth, typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
   for (int64_t k = 0; k < depth; ++k, a += step, b += vectors * G::lanes) {
@@ -334,7 +334,7 @@ FASTDA_INLINE void add_products(const T* a, const T* b, int64_t depth, typename 
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = G::load(b + v * G::lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < Panel<T>::rows; ++r) {
+    for (int r = 0; r < rows; ++r) {
       const T left = a[r * row];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
@@ -362,40 +362,47 @@ FASTDA_INLINE void turn(Vector* x, std::index_sequence<lane...> all) {
   }
 }
 
-// Rows of x side by side, as a panel that is `width` wide: less the centre, where there is one, and their squared
-// norms, where they are asked for. Rows are read, and packed, in whole vectors; what the panel holds beyond `count`
-// rows is 0.
+// As many rows of x as there are lanes side by side, in a panel that is `width` wide: less the centre, where there is
+// one, and their squared norms, where they are asked for. Rows are read, and packed, in whole vectors; what is packed
+// beyond `count` rows is 0.
+template <typename T>
+void pack_lanes(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
+                T* norms) {
+  using G = Grid<T>;
+  constexpr int64_t lanes = G::lanes, chunk = 16;  // terms of a norm that are summed in their own precision
+  double norm[lanes] = {};
+  for (int64_t begin = 0; begin < depth; begin += chunk) {
+    typename G::Vector sum = {};
+    for (int64_t k = begin; k < least(begin + chunk, depth); k += lanes) {
+      const typename G::Vector middle = centre ? G::load(centre + k) : typename G::Vector{};
+      typename G::Vector x_rows[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) {
+        const T* row = x + i * stride + k;
+        x_rows[i] = i < count ? G::load(row) - middle : typename G::Vector{};
+        __builtin_prefetch(row + lanes * stride, 0, 2);  // the next rows, to the second cache
+      }
+      turn<1, lanes>(x_rows, std::make_index_sequence<lanes>{});
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) {
+        sum += x_rows[i] * x_rows[i];
+        G::store(packed + (k + i) * width, x_rows[i]);
+      }
+    }
+    T part[lanes];
+    G::store(part, sum);
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(part[i]);
+  }
+  for (int64_t i = 0; norms && i < lanes; ++i) norms[i] = static_cast<T>(norm[i]);
+}
+
+// Rows of x as a panel that is `width` wide, a whole number of lanes.
 template <typename T>
 void pack_across(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
                  T* norms) {
-  using G = Grid<T>;
-  constexpr int64_t lanes = G::lanes, chunk = 16;  // terms of a norm that are summed in their own precision
-  for (int64_t first = 0; first < width; first += lanes) {
-    double norm[lanes] = {};
-    for (int64_t begin = 0; begin < depth; begin += chunk) {
-      typename G::Vector sum = {};
-      for (int64_t k = begin; k < least(begin + chunk, depth); k += lanes) {
-        const typename G::Vector middle = centre ? G::load(centre + k) : typename G::Vector{};
-        typename G::Vector x_rows[lanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) {
-          const T* row = x + (first + i) * stride + k;
-          x_rows[i] = first + i < count ? G::load(row) - middle : typename G::Vector{};
-          __builtin_prefetch(row + lanes * stride, 0, 2);  // the next rows, to the second cache
-        }
-        turn<1, lanes>(x_rows, std::make_index_sequence<lanes>{});
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) {
-          sum += x_rows[i] * x_rows[i];
-          G::store(packed + (k + i) * width + first, x_rows[i]);
-        }
-      }
-      T part[lanes];
-      G::store(part, sum);
-#pragma omp simd
-      for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(part[i]);
-    }
-    for (int64_t i = 0; norms && i < lanes; ++i) norms[first + i] = static_cast<T>(norm[i]);
+  for (int64_t i = 0; i < width; i += Grid<T>::lanes) {
+    pack_lanes(x + i * stride, stride, count - i, depth, centre, width, packed + i, norms + i);
   }
 }
 
@@ -412,27 +419,29 @@ void pack_below(const T* y, int64_t stride, int64_t samples, const T* centre, in
   }
 }
 
-// Weights of up to a block of rows and some samples as a block of rows: of row r and sample k at w[r * row + k * step],
-// where row or step is 1. Read in whole vectors.
+// Weights of up to a block of rows and up to Panel::depth samples, near each other: of row r and sample k at
+// w[r * row + k * step], where row or step is 1. What is next to each other stays so. Read in whole vectors.
 template <typename T>
 void pack_weights(const T* w, int64_t row, int64_t step, int64_t rows, int64_t samples, T* packed) {
   using G = Grid<T>;
-  constexpr int64_t lanes = G::lanes;
   if (row == 1) {
-    for (int64_t k = 0; k < samples; ++k) G::store(packed + k * lanes, G::load(w + k * step));
-  } else {
-    pack_across<T>(w, row, rows, (samples + lanes - 1) / lanes * lanes, nullptr, lanes, packed, nullptr);
+    for (int64_t k = 0; k < samples; ++k) G::store(packed + k * G::lanes, G::load(w + k * step));
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = packed + r * Panel<T>::depth;
+    for (int64_t k = 0; k < samples; k += G::lanes) G::store(to + k, G::load(w + r * row + k));
   }
 }
 
 // Stores a few rows of results, or adds them to what is there: `rows` of them, `width` columns of each.
-template <typename T, int vectors>
+template <typename T, int vectors, int all_rows = Panel<T>::rows>
 FASTDA_INLINE void put_rows(const typename Grid<T>::Vector (*sum)[vectors], int64_t rows, int64_t width, bool add,
                             T* out, int64_t stride) {
   using G = Grid<T>;
-  if (rows == Panel<T>::rows && width == vectors * G::lanes) {  // all in registers
+  if (rows == all_rows && width == vectors * G::lanes) {  // all in registers
 #pragma GCC unroll 16
-    for (int r = 0; r < Panel<T>::rows; ++r, out += stride) {
+    for (int r = 0; r < all_rows; ++r, out += stride) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         G::store(out + v * G::lanes, add ? G::load(out + v * G::lanes) + sum[r][v] : sum[r][v]);
@@ -447,14 +456,14 @@ FASTDA_INLINE void put_rows(const typename Grid<T>::Vector (*sum)[vectors], int6
   }
 }
 
-// A few rows of results are read after their product: fetched during it.
-template <typename T, int vectors>
+// A few rows that are read, or written, after a product: fetched during it.
+template <typename T, int vectors, int write = 0>
 FASTDA_INLINE void prefetch_rows(const T* out, int64_t stride, int64_t rows) {
   if (rows != Panel<T>::rows) return;
 #pragma GCC unroll 16
   for (int r = 0; r < Panel<T>::rows; ++r, out += stride) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + v * Grid<T>::lanes);
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + v * Grid<T>::lanes, write);
   }
 }
 
@@ -567,32 +576,44 @@ FASTDA_INLINE void complete_sums(const T* x, int64_t x_stride, int64_t rows, con
   }
 }
 
-template <typename T, int vectors>
-void weigh_vectors(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples,
-                   const T* x, int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
-                   int64_t out_stride) {
-  using G = Grid<T>;
-  constexpr int64_t rows = Panel<T>::rows;
-  typename G::Vector sum[rows][vectors];
+template <typename T, int vectors, int64_t step, int64_t row>
+FASTDA_INLINE void weigh_vectors(bool product, const T* w, int64_t count, const T* panel, int64_t samples, const T* x,
+                                 int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add,
+                                 T* out, int64_t out_stride) {
+  constexpr int64_t rows = Panel<T>::rows, block = Panel<T>::lanes, between = block * Panel<T>::depth;
+  typename Grid<T>::Vector sum[rows][vectors];
   for (int64_t i = 0; i < count; i += rows, out += rows * out_stride, x += rows * x_stride) {
     const int64_t some = least(rows, count - i);
-    if (add) prefetch_rows<T, vectors>(out, out_stride, some);
+    prefetch_rows<T, vectors, 1>(out, out_stride, some);
     if (totals) prefetch_rows<T, vectors>(x, x_stride, some);
     clear<T, vectors>(sum);
-    add_products<T, vectors>(w + i / G::lanes * between + i % G::lanes, panel, samples, sum);
+    add_products<T, vectors, step, row>(w + i / block * between + i % block * row, panel, samples, sum);
     if (!product) complete_sums<T, vectors>(x, x_stride, some, totals ? totals + i : nullptr, centre, sum);
     put_rows<T, vectors>(sum, some, width, add, out, out_stride);
   }
 }
 
-// Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with blocks of weights, `between` apart, and a panel of
-// samples y − c, no wider than it needs; for the cosine Σ_k w_k y_k, where c is 0. Where totals, the Σ_k w_k, are
-// null, the first part is left out.
+template <typename T, int vectors>
+void weigh_vectors(bool product, bool by_row, const T* w, int64_t count, const T* panel, int64_t samples, const T* x,
+                   int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
+                   int64_t out_stride) {
+  if (by_row) {
+    weigh_vectors<T, vectors, 1, Panel<T>::depth>(product, w, count, panel, samples, x, x_stride, totals, centre, width,
+                                                  add, out, out_stride);
+  } else {
+    weigh_vectors<T, vectors, Panel<T>::lanes, 1>(product, w, count, panel, samples, x, x_stride, totals, centre, width,
+                                                  add, out, out_stride);
+  }
+}
+
+// Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c) with packed blocks of weights, of each row or of each sample
+// side by side, and a panel of samples y − c, no wider than it needs; for the cosine Σ_k w_k y_k, where c is 0. Where
+// totals, the Σ_k w_k, are null, the first part is left out.
 template <typename T>
-void weigh_panel(bool product, const T* w, int64_t between, int64_t count, const T* panel, int64_t samples, const T* x,
+void weigh_panel(bool product, bool by_row, const T* w, int64_t count, const T* panel, int64_t samples, const T* x,
                  int64_t x_stride, const double* totals, const T* centre, int64_t width, bool add, T* out,
                  int64_t out_stride) {
-  FASTDA_WITH_VECTORS(weigh_vectors, width, product, w, between, count, panel, samples, x, x_stride, totals, centre,
+  FASTDA_WITH_VECTORS(weigh_vectors, width, product, by_row, w, count, panel, samples, x, x_stride, totals, centre,
                       width, add, out, out_stride);
 }
 

@@ -5,6 +5,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -14,6 +15,8 @@
 #include "for_each_isa.h"
 
 #include "prototypes.h"
+
+#include "packed_classes.h"
 
 namespace fastda {
 namespace {
@@ -188,10 +191,12 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
       T *weight = data<T>(weights) + b * n.queries * n.classes, *each = data<T>(losses) + b * n.queries;
       const bool products = worth_products(n.queries, n.classes, n.features);
       const auto centre = products ? centre_for(from, {0, n.queries}, n.metric) : std::vector<T>();
+      std::optional<PackedClasses<T>> packed;
+      if (products) packed.emplace(to, n.metric, centre);
       for_lanes<T>(n.queries, n.classes, n.features, [&](Range some, T* scratch) {
         T* distances = weight + some.begin * n.classes;
         if (products) {
-          PackedQueries<T>(from, some, n.metric, centre).find_distances(to, distances, n.classes);
+          packed->find_distances(from, some, distances, n.classes);
         } else {
           find_distances_one_by_one(from, some, to, n.metric, distances, n.classes);
         }

@@ -174,8 +174,8 @@ std::vector<T> centre_for(const Points<T>& x, Range rows, Metric metric) {
   if (metric == Metric::cosine) return centre;
   const int64_t count = std::min(at_most, rows.size());
   for (int64_t i = 0; i < count; ++i) {
-    const T* row = x.row(rows.begin + i * rows.size() / count);
-    for (int64_t d = 0; d < x.depth(); ++d) centre[d] += row[d] / static_cast<T>(count);
+    FASTDA_RUN(add_share(x.row(rows.begin + i * rows.size() / count), 1 / static_cast<T>(count), x.depth(),
+                         centre.data()));
   }
   const auto is_finite = [](T value) { return std::isfinite(value); };
   if (!std::all_of(centre.begin(), centre.end(), is_finite)) std::fill(centre.begin(), centre.end(), T(0));
@@ -352,8 +352,8 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
   const int64_t panels = blocks(columns.size(), shape.columns);
   const int64_t at_once = std::min(shape.depth, blocks(samples.size(), shape.rows) * shape.rows);
   const int64_t panel_size = at_once * shape.columns;
-  const int64_t between = at_once * shape.rows, some_rows = 2 * shape.rows;  // whose weights stay in the first cache
-  const Scratch<T> weights(some_rows * at_once), packed(panels * panel_size);
+  const int64_t some_rows = 2 * shape.rows;  // whose weights stay in the first cache
+  const Scratch<T> weights(some_rows * shape.depth), packed(panels * panel_size);
   for (int64_t k = samples.begin; k < samples.end; k += at_once) {
     const int64_t some = std::min(at_once, samples.end - k);
     const bool last = sums.totals && k + some == samples.end;
@@ -367,11 +367,11 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
       const int64_t count = std::min(some_rows, rows.size() - i);
       for (int64_t block = 0; block < count; block += shape.rows) {
         FASTDA_RUN(pack_weights(w.data + (i + block) * w.row + (k - samples.begin) * w.step, w.row, w.step,
-                                std::min(shape.rows, count - block), some, weights.data() + block * at_once));
+                                std::min(shape.rows, count - block), some, weights.data() + block * shape.depth));
       }
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t d = columns.begin + panel * shape.columns, width = std::min(shape.columns, columns.end - d);
-        FASTDA_RUN(weigh_panel(product, weights.data(), between, count, packed.data() + panel * panel_size, some,
+        FASTDA_RUN(weigh_panel(product, w.row != 1, weights.data(), count, packed.data() + panel * panel_size, some,
                                x.row(rows.begin + i) + d, x.stride(),
                                last && !product ? sums.totals + i : nullptr, sums.centre + d, width,
                                sums.add || k > samples.begin, out + i * x.features() + d, x.features()));

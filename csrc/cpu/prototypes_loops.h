@@ -315,6 +315,12 @@ void mean_of_rows(const T* x, int64_t stride, const int64_t* rows, int64_t count
 }
 
 template <typename T>
+void add_share(const T* x, T share, int64_t count, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] += x[i] * share;
+}
+
+template <typename T>
 void divide(const T* x, T divisor, int64_t count, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = x[i] / divisor;

@@ -1,0 +1,64 @@
+// The products of an episode: its classes are packed, its queries are multiplied as they lie. Include after prototypes.h
+// with the loops of episode_loops.h.
+#pragma once
+
+namespace fastda {
+namespace {
+
+// The classes of an episode as panels, less a point near the queries.
+template <typename T>
+class PackedClasses {
+ public:
+  PackedClasses(const Points<T>& p, Metric metric, const std::vector<T>& centre)
+      : p_(p),
+        metric_(metric),
+        centre_(centre),
+        lanes_(panel_shape_of(T()).rows),
+        columns_(columns_of_panel()),
+        packed_(whole_lanes(p.count()) * p.depth()),
+        norms_(whole_lanes(p.count())) {
+    const int64_t work = lanes_ * p.depth() * 16;
+    at::parallel_for(0, blocks(p.count(), lanes_), thread_grain(work), [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * lanes_; first < end * lanes_; first += lanes_) {
+        const int64_t panel = first / columns_ * columns_, width = whole_lanes(std::min(columns_, p.count() - panel));
+        FASTDA_RUN(pack_lanes(p.row(first), p.stride(), std::min(lanes_, p.count() - first), p.depth(), centre.data(),
+                              width, packed_.data() + panel * p.depth() + first - panel, norms_.data() + first));
+      }
+    });
+  }
+
+  // out[(q − some.begin) · stride + c]: the distance from query q to class c.
+  void find_distances(const Points<T>& q, Range some, T* out, int64_t stride) const {
+    const int64_t count = some.size(), depth = p_.depth();
+    const Scratch<T> products(count * columns_);
+    std::vector<double> squares(count, 0);
+    std::vector<T> norms(count);
+    for (int64_t first = 0; first < p_.count(); first += columns_) {
+      const int64_t classes = std::min(columns_, p_.count() - first);
+      FASTDA_RUN(products_of_rows(q.row(some.begin), q.stride(), count, depth, centre_.data(),
+                                  packed_.data() + first * depth, classes, first == 0 ? squares.data() : nullptr,
+                                  products.data(), columns_));
+      if (first == 0) std::copy(squares.begin(), squares.end(), norms.begin());
+      FASTDA_RUN(distances_from_products(metric_, products.data(), columns_, q.row(some.begin), q.stride(),
+                                         norms.data(), count, p_.row(first), p_.stride(), norms_.data() + first,
+                                         classes, depth, out + first, stride));
+    }
+  }
+
+ private:
+  static int64_t columns_of_panel() {
+    int64_t columns = 0;
+    FASTDA_RUN(class_panel_columns<T>(&columns));
+    return columns;
+  }
+  int64_t whole_lanes(int64_t classes) const { return blocks(classes, lanes_) * lanes_; }
+
+  const Points<T>& p_;
+  const Metric metric_;
+  const std::vector<T>& centre_;
+  const int64_t lanes_, columns_;
+  const Scratch<T> packed_, norms_;
+};
+
+}  // namespace
+}  // namespace fastda
