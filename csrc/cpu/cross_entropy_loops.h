@@ -29,17 +29,65 @@ FASTDA_INLINE void softmax_of_query(const T* distances, int64_t classes, T tempe
   *sum = total;
 }
 
+// The largest lane of each vector, for as many vectors as there are lanes.
+template <typename T>
+FASTDA_INLINE typename Grid<T>::Vector largest_lanes(const T* x) {
+  typename Grid<T>::Vector rows[Grid<T>::lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < Grid<T>::lanes; ++i) rows[i] = Grid<T>::load(x + i * Grid<T>::lanes);
+  turn<1, Grid<T>::lanes>(rows, std::make_index_sequence<Grid<T>::lanes>{});
+#pragma GCC unroll 16
+  for (int i = 1; i < Grid<T>::lanes; ++i) rows[0] = rows[i] > rows[0] ? rows[i] : rows[0];
+  return rows[0];
+}
+
+// The sum of the lanes of each vector, for as many vectors as there are lanes.
+template <typename T>
+FASTDA_INLINE void sum_of_lanes(const T* x, T* sums) {
+  typename Grid<T>::Vector rows[Grid<T>::lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < Grid<T>::lanes; ++i) rows[i] = Grid<T>::load(x + i * Grid<T>::lanes);
+  sum_lanes<T, Grid<T>::lanes>(rows, sums);
+}
+
+// The same of as many queries of a tile as there are lanes: what is summed or compared within a vector, is for all of
+// them at once.
+template <typename T>
+FASTDA_INLINE void softmax_of_lanes(const T* tile, T temperature, T* largest, T* sums) {
+  constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
+  T parts[lanes * lanes];
+  for (int64_t i = 0; i < lanes; ++i) {
+    const T* d = tile + i * columns;
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      T nearest = d[j];
+      for (int64_t v = lanes; v < columns; v += lanes) nearest = d[v + j] < nearest ? d[v + j] : nearest;
+      parts[i * lanes + j] = -nearest;
+    }
+  }
+  Grid<T>::store(largest, largest_lanes(parts));
+  for (int64_t i = 0; i < lanes; ++i) {
+    const T* d = tile + i * columns;
+    const T most = largest[i] = logit(-largest[i], temperature);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      T sum = 0;
+      for (int64_t v = 0; v < columns; v += lanes) sum += exponential(logit(d[v + j], temperature) - most);
+      parts[i * lanes + j] = sum;
+    }
+  }
+  sum_of_lanes(parts, sums);
+}
+
 // The same of each query of a tile of finite distances.
 template <typename T>
 void softmax_of_tile(const T* tile, int64_t queries, int64_t classes, T temperature, T* largest, T* sums) {
-  constexpr int64_t columns = Panel<T>::columns;
-  for (int64_t q = 0; q < queries; ++q, tile += columns) {
-    if (classes == columns) {  // known to the compiler, the rows need no loop
-      softmax_of_query(tile, columns, temperature, largest + q, sums + q);
-    } else {
-      softmax_of_query(tile, classes, temperature, largest + q, sums + q);
-    }
+  constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
+  int64_t q = 0;
+  for (; classes == columns && q + lanes <= queries; q += lanes) {
+    softmax_of_lanes(tile + q * columns, temperature, largest + q, sums + q);
   }
+  for (; q < queries; ++q) softmax_of_query(tile + q * columns, classes, temperature, largest + q, sums + q);
 }
 
 // The same of all classes from those of some parts of them, which lie `stride` apart.
@@ -58,10 +106,10 @@ void join_parts(const T* largest, const T* sums, int64_t parts, int64_t stride, 
   }
 }
 
-// Weights from the distances of query i to some classes, from `first` on; returns what they add up to. Adds ∂L/∂T to
-// the slope, where it is not null.
+// Weights from the distances of query i to some classes, from `first` on. Adds ∂L/∂T to the slope, where it is not
+// null.
 template <typename T>
-FASTDA_INLINE double weigh_query(const LossGradient<T>& of, int64_t i, int64_t first, int64_t classes,
+FASTDA_INLINE void weigh_query(const LossGradient<T>& of, int64_t i, int64_t first, int64_t classes,
                                  const uint8_t* empty, const T* distances, T* of_logits, double* slope, T* weights) {
   const T largest = of.largest[i], log_sum = of.log_sum[i], of_loss = of.of_losses[i], spread = of.spread;
   const T temperature = of.temperature, scale = -1 / temperature;
@@ -79,13 +127,8 @@ FASTDA_INLINE double weigh_query(const LossGradient<T>& of, int64_t i, int64_t f
   }
   const T nearest = of.all_present ? -largest * temperature : T(0);
   if (slope) *slope += slope_of_query(distances, classes, temperature, nearest, of_logits);
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t c = 0; c < classes; ++c) {
-    weights[c] = weight(of_logits[c] * scale, distances[c], of.metric);
-    total += static_cast<double>(weights[c]);
-  }
-  return total;
+#pragma omp simd
+  for (int64_t c = 0; c < classes; ++c) weights[c] = weight(of_logits[c] * scale, distances[c], of.metric);
 }
 
 // The distances of a query become weights.
@@ -99,12 +142,31 @@ void weigh_row(const LossGradient<T>& of, int64_t i, int64_t first, int64_t clas
 template <typename T>
 void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64_t first, int64_t classes,
                 const T* tile, double* slopes, double* totals, T* weights) {
-  constexpr int64_t columns = Panel<T>::columns;
+  constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
   T of_logits[columns];
-  for (int64_t i = query; i < query + queries; ++i, tile += columns, weights += columns) {
-    double* slope = slopes ? slopes + i : nullptr;
-    totals[i] += classes == columns
-                     ? weigh_query<T>(of, i, first, columns, nullptr, tile, of_logits, slope, weights)
-                     : weigh_query<T>(of, i, first, classes, nullptr, tile, of_logits, slope, weights);
+  for (int64_t i = 0; i < queries; ++i) {
+    double* slope = slopes ? slopes + query + i : nullptr;
+    const T* distances = tile + i * columns;
+    if (classes == columns) {  // known to the compiler, the rows need no loop
+      weigh_query<T>(of, query + i, first, columns, nullptr, distances, of_logits, slope, weights + i * columns);
+    } else {
+      weigh_query<T>(of, query + i, first, classes, nullptr, distances, of_logits, slope, weights + i * columns);
+    }
   }
+  int64_t i = 0;
+  for (; classes == columns && i + lanes <= queries; i += lanes) {
+    T parts[lanes * lanes], sums[lanes];
+    for (int64_t r = 0; r < lanes; ++r) {
+      const T* w = weights + (i + r) * columns;
+#pragma omp simd
+      for (int64_t j = 0; j < lanes; ++j) {
+        T sum = 0;
+        for (int64_t v = 0; v < columns; v += lanes) sum += w[v + j];
+        parts[r * lanes + j] = sum;
+      }
+    }
+    sum_of_lanes(parts, sums);
+    for (int64_t r = 0; r < lanes; ++r) totals[query + i + r] += static_cast<double>(sums[r]);
+  }
+  totals_of_weights(weights + i * columns, columns, 1, queries - i, classes, totals + query + i);
 }
