@@ -50,14 +50,14 @@ FASTDA_INLINE void sum_of_lanes(const T* x, T* sums) {
   sum_lanes<T, Grid<T>::lanes>(rows, sums);
 }
 
-// The same of as many queries of a tile as there are lanes: what is summed or compared within a vector, is for all of
-// them at once.
+// The same of up to as many queries of a tile as there are lanes: what is summed or compared within a vector, is for all
+// of them at once.
 template <typename T>
-FASTDA_INLINE void softmax_of_lanes(const T* tile, T temperature, T* largest, T* sums) {
+FASTDA_INLINE void softmax_of_lanes(const T* tile, int64_t queries, T temperature, T* all_largest, T* all_sums) {
   constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
-  T parts[lanes * lanes];
+  T parts[lanes * lanes], largest[lanes], sums[lanes];
   for (int64_t i = 0; i < lanes; ++i) {
-    const T* d = tile + i * columns;
+    const T* d = tile + least(i, queries - 1) * columns;
 #pragma omp simd
     for (int64_t j = 0; j < lanes; ++j) {
       T nearest = d[j];
@@ -67,7 +67,7 @@ FASTDA_INLINE void softmax_of_lanes(const T* tile, T temperature, T* largest, T*
   }
   Grid<T>::store(largest, largest_lanes(parts));
   for (int64_t i = 0; i < lanes; ++i) {
-    const T* d = tile + i * columns;
+    const T* d = tile + least(i, queries - 1) * columns;
     const T most = largest[i] = logit(-largest[i], temperature);
 #pragma omp simd
     for (int64_t j = 0; j < lanes; ++j) {
@@ -77,17 +77,22 @@ FASTDA_INLINE void softmax_of_lanes(const T* tile, T temperature, T* largest, T*
     }
   }
   sum_of_lanes(parts, sums);
+  for (int64_t i = 0; i < queries; ++i) all_largest[i] = largest[i], all_sums[i] = sums[i];
 }
 
 // The same of each query of a tile of finite distances.
 template <typename T>
 void softmax_of_tile(const T* tile, int64_t queries, int64_t classes, T temperature, T* largest, T* sums) {
   constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
-  int64_t q = 0;
-  for (; classes == columns && q + lanes <= queries; q += lanes) {
-    softmax_of_lanes(tile + q * columns, temperature, largest + q, sums + q);
+  if (classes == columns) {
+    for (int64_t q = 0; q < queries; q += lanes) {
+      softmax_of_lanes(tile + q * columns, least(lanes, queries - q), temperature, largest + q, sums + q);
+    }
+  } else {
+    for (int64_t q = 0; q < queries; ++q) {
+      softmax_of_query(tile + q * columns, classes, temperature, largest + q, sums + q);
+    }
   }
-  for (; q < queries; ++q) softmax_of_query(tile + q * columns, classes, temperature, largest + q, sums + q);
 }
 
 // The same of all classes from those of some parts of them, which lie `stride` apart.
@@ -153,11 +158,11 @@ void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64
       weigh_query<T>(of, query + i, first, classes, nullptr, distances, of_logits, slope, weights + i * columns);
     }
   }
-  int64_t i = 0;
-  for (; classes == columns && i + lanes <= queries; i += lanes) {
+  if (classes != columns) return totals_of_weights(weights, columns, 1, queries, classes, totals + query);
+  for (int64_t i = 0; i < queries; i += lanes) {
     T parts[lanes * lanes], sums[lanes];
     for (int64_t r = 0; r < lanes; ++r) {
-      const T* w = weights + (i + r) * columns;
+      const T* w = weights + least(i + r, queries - 1) * columns;
 #pragma omp simd
       for (int64_t j = 0; j < lanes; ++j) {
         T sum = 0;
@@ -166,7 +171,6 @@ void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64
       }
     }
     sum_of_lanes(parts, sums);
-    for (int64_t r = 0; r < lanes; ++r) totals[query + i + r] += static_cast<double>(sums[r]);
+    for (int64_t r = 0; r < least(lanes, queries - i); ++r) totals[query + i + r] += static_cast<double>(sums[r]);
   }
-  totals_of_weights(weights + i * columns, columns, 1, queries - i, classes, totals + query + i);
 }

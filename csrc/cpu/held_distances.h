@@ -22,8 +22,8 @@ struct Share {
 
 template <typename F>
 void for_shares(int64_t work, const F& each) {
-  constexpr int64_t total = 64;
-  at::parallel_for(0, total, thread_grain(work / total),
+  constexpr int64_t total = 64, at_once = 8;
+  parallel_in_turn(total, std::max(at_once, thread_grain(work / total)),
                    [&](int64_t begin, int64_t end) { each(Share{begin, end, total}); });
 }
 
@@ -68,7 +68,7 @@ class HeldDistances {
     const int64_t work = columns_ * q.depth();
     if (panels() >= query_blocks) {
       const PackedQueries<T> packed(q, queries_, metric, centre);
-      at::parallel_for(0, panels(), thread_grain(work * queries_.size()),
+      parallel_in_turn(panels(), std::max<int64_t>(2, thread_grain(work * queries_.size())),
                        [&](int64_t begin, int64_t end) { find_some(packed, queries_, begin, end); });
     } else {
       at::parallel_for(0, query_blocks, thread_grain(work * panels() * lanes), [&](int64_t begin, int64_t end) {
