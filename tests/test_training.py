@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import training_in_processes
+from processes import run_in_processes
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from training_in_processes import train as train_in_one_process
 
 from fastda.finetuning import GradualUnfreezing, freeze, layerwise_lr_decay
 from fastda.methods import DANN, DeepCORAL, SourceOnly
@@ -495,12 +497,17 @@ def test_a_log_that_does_not_go_with_the_checkpoint_is_refused(tmp_path):
 # Several processes
 
 
-def test_two_processes_give_the_losses_of_one_with_batches_twice_as_large(tmp_path):
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_give_the_losses_of_one_with_batches_twice_as_large(tmp_path, torchrun):
     """Task, target task, CORAL and domain losses, step by step, and the weights, to 1e-5."""
-    script = str(TESTS / "training_in_processes.py")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_program(*torchrun, script, str(tmp_path / "two"), "8")
-    one = train_in_one_process(16, str(tmp_path / "one.checkpoint"))
+    if torchrun:
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        run_program(*run, training_in_processes.__file__, str(tmp_path / "two"), "8")
+    else:  # the same without torchrun's own time and without importing PyTorch anew in each process
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        run_in_processes(training_in_processes.on_process, 2, port, str(tmp_path / "two"), 8, count=2)
+    one = training_in_processes.train(16, str(tmp_path / "one.checkpoint"))
     for rank in (0, 1):
         two = torch.load(tmp_path / f"two.{rank}", weights_only=True)
         assert len(two["history"]) == len(one["history"]) == 12

@@ -65,8 +65,18 @@ def train(batch_size: int, checkpoint: str) -> dict:
     return {"history": result.history, "weights": method.state_dict()}
 
 
-if __name__ == "__main__":
-    file, batch_size = sys.argv[1], int(sys.argv[2])
+def on_process(rank: int, count: int, port: int, file: str, batch_size: int) -> None:
+    """One of the processes, told what torchrun would tell it."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    train_twice(file, batch_size)
+
+
+def train_twice(file: str, batch_size: int) -> None:
     found = train(batch_size, f"{file}.checkpoint")
     found["again"] = train(batch_size, f"{file}.checkpoint")["weights"]  # finished: goes on from the end
     torch.save(found, f"{file}.{os.environ['RANK']}")
+
+
+if __name__ == "__main__":
+    train_twice(sys.argv[1], int(sys.argv[2]))
