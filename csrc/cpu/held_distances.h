@@ -58,17 +58,19 @@ class HeldDistances {
   void find(const Points<T>& q, Metric metric, const std::vector<T>& centre, const Prototypes& prototypes,
             const Found& found) const {
     const auto find_some = [&](const PackedQueries<T>& packed, Range some, int64_t first, int64_t last) {
-      for (int64_t panel = first; panel < last; ++panel) {
-        packed.find_distances(prototypes(classes(panel)), tile(panel) + (some.begin - queries_.begin) * columns_,
-                              columns_);
-        found(panel, some);
+      constexpr int64_t at_once = 4;  // panels that a few queries meet while these are near
+      for (; first < last; first += at_once) {
+        packed.find_tiles(
+            prototypes({classes(first).begin, classes(std::min(first + at_once, last) - 1).end}),
+            [&](int64_t i) { return tile(first + i) + (some.begin - queries_.begin) * columns_; },
+            [&](int64_t i, Range few) { found(first + i, few); });
       }
     };
     const int64_t lanes = panel_shape_of(T()).rows, query_blocks = blocks(queries_.size(), lanes);
     const int64_t work = columns_ * q.depth();
     if (panels() >= query_blocks) {
       const PackedQueries<T> packed(q, queries_, metric, centre);
-      parallel_in_turn(panels(), std::max<int64_t>(2, thread_grain(work * queries_.size())),
+      parallel_in_turn(panels(), std::max<int64_t>(4, thread_grain(work * queries_.size())),
                        [&](int64_t begin, int64_t end) { find_some(packed, queries_, begin, end); });
     } else {
       at::parallel_for(0, query_blocks, thread_grain(work * panels() * lanes), [&](int64_t begin, int64_t end) {

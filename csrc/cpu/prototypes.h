@@ -229,7 +229,7 @@ class PackedQueries {
         const Scratch<T> packed(panel_size), products(queries_.size() * shape_.columns);
         for (int64_t panel = begin; panel < end; ++panel) {
           pack(p, panel, packed.data());
-          multiply({0, queries_.size()}, p, panel, packed.data(), products.data(), out, stride);
+          multiply({0, queries_.size()}, p, panel, packed.data(), products.data(), out + panel * shape_.columns, stride);
         }
       });
       return;
@@ -243,9 +243,28 @@ class PackedQueries {
       const Range some{begin * shape_.rows, std::min(end * shape_.rows, queries_.size())};
       const Scratch<T> products(some.size() * shape_.columns);
       for (int64_t panel = 0; panel < panels; ++panel) {
-        multiply(some, p, panel, packed.data() + panel * panel_size, products.data(), out, stride);
+        multiply(some, p, panel, packed.data() + panel * panel_size, products.data(),
+                 out + some.begin * stride + panel * shape_.columns, stride);
       }
     });
+  }
+
+  // The distances to some panels of p in tiles as wide as a panel, tile(panel) from the first query on: a few queries at
+  // a time meet all of them. found(panel, queries) is told what has just been found.
+  template <typename Tile, typename Found>
+  void find_tiles(const Points<T>& p, const Tile& tile, const Found& found) const {
+    constexpr int64_t near = 128;  // queries, which stay in the second cache
+    const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 1) * shape_.columns;
+    const Scratch<T> packed(panels * panel_size), products(near * shape_.columns);
+    for (int64_t panel = 0; panel < panels; ++panel) pack(p, panel, packed.data() + panel * panel_size);
+    for (int64_t first = 0; first < queries_.size(); first += near) {
+      const Range some{first, std::min(first + near, queries_.size())};
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        multiply(some, p, panel, packed.data() + panel * panel_size, products.data(),
+                 tile(panel) + first * shape_.columns, shape_.columns);
+        found(panel, Range{queries_.begin + some.begin, queries_.begin + some.end});
+      }
+    }
   }
 
  private:
@@ -262,10 +281,9 @@ class PackedQueries {
   }
 
   // The products stay near until they are distances, and are written where they belong once.
-  void multiply(Range some, const Points<T>& p, int64_t panel, const T* packed, T* products, T* out,
+  void multiply(Range some, const Points<T>& p, int64_t panel, const T* packed, T* products, T* to,
                 int64_t stride) const {
     const int64_t first = panel * shape_.columns, columns = width(p, panel), depth = q_.depth(), count = some.size();
-    T* to = out + some.begin * stride + first;
     FASTDA_RUN(products_with_panel(rows_.data() + some.begin * depth, count, packed, depth, columns, products,
                                    shape_.columns));
     FASTDA_RUN(distances_from_products(metric_, products, shape_.columns, q_.row(queries_.begin + some.begin),
