@@ -50,8 +50,8 @@ FASTDA_INLINE void sum_of_lanes(const T* x, T* sums) {
   sum_lanes<T, Grid<T>::lanes>(rows, sums);
 }
 
-// The same of up to as many queries of a tile as there are lanes: what is summed or compared within a vector, is for all
-// of them at once.
+// The largest logit m and Σ exp(l − m) of up to as many queries of a tile as there are lanes: what is summed or
+// compared within a vector is so for all of them at once.
 template <typename T>
 FASTDA_INLINE void softmax_of_lanes(const T* tile, int64_t queries, T temperature, T* all_largest, T* all_sums) {
   constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
@@ -115,7 +115,7 @@ void join_parts(const T* largest, const T* sums, int64_t parts, int64_t stride, 
 // null.
 template <typename T>
 FASTDA_INLINE void weigh_query(const LossGradient<T>& of, int64_t i, int64_t first, int64_t classes,
-                                 const uint8_t* empty, const T* distances, T* of_logits, double* slope, T* weights) {
+                               const uint8_t* empty, const T* distances, T* of_logits, double* slope, T* weights) {
   const T largest = of.largest[i], log_sum = of.log_sum[i], of_loss = of.of_losses[i], spread = of.spread;
   const T temperature = of.temperature, scale = -1 / temperature;
 #pragma omp simd

@@ -362,9 +362,8 @@ FASTDA_INLINE void turn(Vector* x, std::index_sequence<lane...> all) {
   }
 }
 
-// As many rows of x as there are lanes side by side, in a panel that is `width` wide: less the centre, where there is
-// one, and their squared norms, where they are asked for. Rows are read, and packed, in whole vectors; what is packed
-// beyond `count` rows is 0.
+// As many rows of x as there are lanes side by side, in a panel that is `width` wide: less the centre; and their
+// squared norms. Rows are read, and packed, in whole vectors; what is packed beyond `count` rows is 0.
 template <typename T>
 void pack_lanes(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
                 T* norms) {
@@ -374,7 +373,7 @@ void pack_lanes(const T* x, int64_t stride, int64_t count, int64_t depth, const 
   for (int64_t begin = 0; begin < depth; begin += chunk) {
     typename G::Vector sum = {};
     for (int64_t k = begin; k < least(begin + chunk, depth); k += lanes) {
-      const typename G::Vector middle = centre ? G::load(centre + k) : typename G::Vector{};
+      const typename G::Vector middle = G::load(centre + k);
       typename G::Vector x_rows[lanes];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < lanes; ++i) {
@@ -394,7 +393,7 @@ void pack_lanes(const T* x, int64_t stride, int64_t count, int64_t depth, const 
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(part[i]);
   }
-  for (int64_t i = 0; norms && i < lanes; ++i) norms[i] = static_cast<T>(norm[i]);
+  for (int64_t i = 0; i < lanes; ++i) norms[i] = static_cast<T>(norm[i]);
 }
 
 // Rows of x as a panel that is `width` wide, a whole number of lanes.

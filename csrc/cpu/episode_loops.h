@@ -7,7 +7,8 @@ template <typename T>
 struct ClassPanel {
   static constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
   static constexpr int64_t lanes = Grid<T>::lanes, vectors = wide ? 4 : 3, columns = vectors * lanes;
-  static constexpr int64_t depth = 32768 / (columns * sizeof(T)) / lanes * lanes;  // that stays in the first cache
+  // That stays in the first cache, and is no longer a sum than the accuracy allows: what it rounds adds up.
+  static constexpr int64_t depth = least(32768 / (columns * sizeof(T)), 128) / lanes * lanes;
   static constexpr int rows_beside(int vectors) { return (wide ? 24 : 12) / (vectors == 1 ? 2 : vectors); }
 };
 

@@ -22,7 +22,8 @@ struct Share {
 
 template <typename F>
 void for_shares(int64_t work, const F& each) {
-  constexpr int64_t total = 64, at_once = 8;
+  constexpr int64_t total = 64, turns = 4;  // a thread's
+  const int64_t at_once = std::max<int64_t>(1, total / (turns * at::get_num_threads()));
   parallel_in_turn(total, std::max(at_once, thread_grain(work / total)),
                    [&](int64_t begin, int64_t end) { each(Share{begin, end, total}); });
 }
@@ -58,10 +59,9 @@ class HeldDistances {
   void find(const Points<T>& q, Metric metric, const std::vector<T>& centre, const Prototypes& prototypes,
             const Found& found) const {
     const auto find_some = [&](const PackedQueries<T>& packed, Range some, int64_t first, int64_t last) {
-      constexpr int64_t at_once = 4;  // panels that a few queries meet while these are near
-      for (; first < last; first += at_once) {
+      for (; first < last; first += panels_at_once) {
         packed.find_tiles(
-            prototypes({classes(first).begin, classes(std::min(first + at_once, last) - 1).end}),
+            prototypes({classes(first).begin, classes(std::min(first + panels_at_once, last) - 1).end}),
             [&](int64_t i) { return tile(first + i) + (some.begin - queries_.begin) * columns_; },
             [&](int64_t i, Range few) { found(first + i, few); });
       }
@@ -70,7 +70,8 @@ class HeldDistances {
     const int64_t work = columns_ * q.depth();
     if (panels() >= query_blocks) {
       const PackedQueries<T> packed(q, queries_, metric, centre);
-      parallel_in_turn(panels(), std::max<int64_t>(4, thread_grain(work * queries_.size())),
+      const int64_t turn = std::clamp<int64_t>(panels() / at::get_num_threads(), 1, panels_at_once);
+      parallel_in_turn(panels(), std::max(turn, thread_grain(work * queries_.size())),
                        [&](int64_t begin, int64_t end) { find_some(packed, queries_, begin, end); });
     } else {
       at::parallel_for(0, query_blocks, thread_grain(work * panels() * lanes), [&](int64_t begin, int64_t end) {
@@ -81,6 +82,8 @@ class HeldDistances {
   }
 
  private:
+  static constexpr int64_t panels_at_once = 4;  // that a few queries meet while these are near
+
   const Range queries_;
   const int64_t classes_, columns_, of_class_;
   T* memory_;

@@ -1,5 +1,5 @@
-// The products of an episode: its classes are packed, its queries are multiplied as they lie. Include after prototypes.h
-// with the loops of episode_loops.h.
+// The products of an episode: its classes are packed, its queries are multiplied as they lie. Include after
+// prototypes.h with the loops of episode_loops.h.
 #pragma once
 
 namespace fastda {
@@ -27,25 +27,33 @@ class PackedClasses {
     });
   }
 
-  // out[(q − some.begin) · stride + c]: the distance from query q to class c.
-  void find_distances(const Points<T>& q, Range some, T* out, int64_t stride) const {
+  // out[(q − queries.begin) · stride + c]: the distance from query q to class c.
+  void find_distances(const Points<T>& q, Range queries, T* out, int64_t stride) const {
+    constexpr int64_t near = 240;  // queries, whose products stay in the second cache; a multiple of rows_beside
+    const Scratch<T> products(std::min(near, queries.size()) * columns_);
+    for (int64_t begin = queries.begin; begin < queries.end; begin += near) {
+      const Range some{begin, std::min(begin + near, queries.end)};
+      find_distances(q, some, products.data(), out + (begin - queries.begin) * stride, stride);
+    }
+  }
+
+ private:
+  void find_distances(const Points<T>& q, Range some, T* products, T* out, int64_t stride) const {
     const int64_t count = some.size(), depth = p_.depth();
-    const Scratch<T> products(count * columns_);
     std::vector<double> squares(count, 0);
     std::vector<T> norms(count);
     for (int64_t first = 0; first < p_.count(); first += columns_) {
       const int64_t classes = std::min(columns_, p_.count() - first);
       FASTDA_RUN(products_of_rows(q.row(some.begin), q.stride(), count, depth, centre_.data(),
                                   packed_.data() + first * depth, classes, first == 0 ? squares.data() : nullptr,
-                                  products.data(), columns_));
+                                  products, columns_));
       if (first == 0) std::copy(squares.begin(), squares.end(), norms.begin());
-      FASTDA_RUN(distances_from_products(metric_, products.data(), columns_, q.row(some.begin), q.stride(),
+      FASTDA_RUN(distances_from_products(metric_, products, columns_, q.row(some.begin), q.stride(),
                                          norms.data(), count, p_.row(first), p_.stride(), norms_.data() + first,
                                          classes, depth, out + first, stride));
     }
   }
 
- private:
   static int64_t columns_of_panel() {
     int64_t columns = 0;
     FASTDA_RUN(class_panel_columns<T>(&columns));

@@ -246,8 +246,10 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
   const auto is_finite = [](double total) { return std::isfinite(total); };
   if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
   const auto near_queries = centre_for(q, queries, metric), near_classes = centre_for(p, classes, metric);
-  constexpr int64_t panels = 4;  // whose columns are a turn's: the weights are packed again in each
-  const int64_t width = panels * panel_shape_of(T()).columns;
+  constexpr int64_t most_panels = 4;  // whose columns are a turn's: the weights are packed again in each
+  const int64_t panel = panel_shape_of(T()).columns;
+  const int64_t width =
+      panel * std::clamp<int64_t>(blocks(q.features(), panel) / at::get_num_threads(), 1, most_panels);
   const auto find_some = [&](int64_t begin, int64_t end) {
     const Range columns{begin * width, std::min(end * width, q.features())};
     sum_packed(q, queries, p, classes, {weights, stride, 1}, {near_classes.data(), of_queries.data(), false}, metric,

@@ -229,7 +229,8 @@ class PackedQueries {
         const Scratch<T> packed(panel_size), products(queries_.size() * shape_.columns);
         for (int64_t panel = begin; panel < end; ++panel) {
           pack(p, panel, packed.data());
-          multiply({0, queries_.size()}, p, panel, packed.data(), products.data(), out + panel * shape_.columns, stride);
+          multiply({0, queries_.size()}, p, panel, packed.data(), products.data(), out + panel * shape_.columns,
+                   stride);
         }
       });
       return;
@@ -249,8 +250,8 @@ class PackedQueries {
     });
   }
 
-  // The distances to some panels of p in tiles as wide as a panel, tile(panel) from the first query on: a few queries at
-  // a time meet all of them. found(panel, queries) is told what has just been found.
+  // The distances to some panels of p in tiles as wide as a panel, tile(panel) from the first query on: a few queries
+  // at a time meet all of them. found(panel, queries) is told what has just been found.
   template <typename Tile, typename Found>
   void find_tiles(const Points<T>& p, const Tile& tile, const Found& found) const {
     constexpr int64_t near = 128;  // queries, which stay in the second cache
