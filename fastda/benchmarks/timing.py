@@ -28,6 +28,7 @@ SLOW = 0.15  # seconds beyond which a call does not notice what the side before 
 GPU_SPAN = 2e-3  # seconds between two readings of the clock on a GPU, where reading it waits for the device
 MOST_REPEATS = 50
 LONGEST_REASON = 200  # characters
+KEPT = 32 << 20  # bytes up to which glibc comes to keep freed blocks
 
 
 @dataclass
@@ -128,6 +129,15 @@ class Stopwatch:
         return [self.sample() for _ in range(max(1, min(MOST_SAMPLES, int(TURN / self.estimate))))]
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, as it does in a program that has freed one tensor of nearly 32 MiB.
+
+    Its thresholds follow the largest block that was freed. Before that, it is chance, from one process to the next,
+    whether a side's results are given back after each call and have to be fetched page by page in the next.
+    """
+    torch.empty(KEPT - (1 << 16), dtype=torch.uint8)
+
+
 def compare(
     sides: Sequence[Side],
     checks: Callable[[Side], Check],
@@ -155,6 +165,7 @@ def compare(
         except Exception as error:  # a peer or a compiler may fail in any way; the record says how
             found[side.name] = Refused(f"{type(error).__name__}: {error}".partition("\n")[0][:LONGEST_REASON])
     order = random.Random(seed)
+    keep_freed_memory()
 
     def go(turns: dict[str, Stopwatch], budget: float, least: int, most: float) -> int:
         rounds, start = 0, perf_counter()
