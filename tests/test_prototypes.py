@@ -203,6 +203,25 @@ def test_the_gradient_of_one_class_is_nothing_however_its_label_is_smoothed():
         assert all(not grad.any() for grad in torch.autograd.grad(loss, [query, prototype]))
 
 
+@each_metric
+def test_an_episode_of_many_classes_and_queries(metric):
+    """More than a panel of classes and than the queries that are multiplied at once; to the bit on any threads."""
+    support, queries = torch.randn(140, 100, dtype=torch.float64), torch.randn(500, 100, dtype=torch.float64)
+    labels, targets = torch.arange(140) % 70, torch.arange(500) % 70
+    threads, found = torch.get_num_threads(), []
+    try:
+        for module, count in ((fastda.reference, 1), (fastda, 1), (fastda, 2), (fastda, 3)):
+            torch.set_num_threads(count)
+            leaves = [x.clone().requires_grad_() for x in (support, queries)]
+            loss = module.prototypical_loss(leaves[0], labels, leaves[1], targets, 70, metric=metric, temperature=9.0)
+            found.append((loss, *torch.autograd.grad(loss, leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[1], rtol=0, atol=0)
+    assert_close(found[3], found[1], rtol=0, atol=0)
+
+
 @each_module
 @each_metric
 def test_an_empty_class_in_an_episode(module, metric):

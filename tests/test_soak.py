@@ -48,7 +48,7 @@ def test_a_run_that_did_not_start_leaves_the_record(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("done", "counts"),
     [
-        (ended(1, "    - 3 passing, 1 failing\nE   AssertionError: 2 is not 1\n"), (3, 1, "AssertionError: 2 is not 1")),
+        (ended(1, "    - 3 passing, 1 failing\nE   AssertionError: 2 not 1\n"), (3, 1, "AssertionError: 2 not 1")),
         (ended(-signal.SIGSEGV, "Fatal Python error"), (0, 1, "exit code -11: Fatal Python error")),
     ],
     ids=["an example failed", "an example crashed"],

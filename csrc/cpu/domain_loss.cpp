@@ -44,8 +44,8 @@ const T* values_in(const From* x, int64_t count, T* copy) {
   }
 }
 
-// What domain_terms gives, for a domain of any size. Half precision is raised block by block: a copy of all logits would
-// take twice their memory.
+// What domain_terms gives, for a domain of any size. Half precision is raised block by block: a copy of all logits
+// would take twice their memory.
 template <typename T, typename From>
 Sums sum_terms(const From* x, const T* w, int64_t count, T sign, T* slope) {
   const int64_t blocks = (count + block - 1) / block;

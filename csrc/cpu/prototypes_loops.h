@@ -327,7 +327,7 @@ void divide(const T* x, T divisor, int64_t count, T* out) {
 }
 
 // Rows of x, each times a factor of its own (factor_step 1) or all times one (0). What is too small to be normal
-// becomes 0: a softmax that is sure of its answers has many such, and processors take a hundred times as long over them.
+// becomes 0: a softmax that is sure of its answers has many such, over which processors take a hundred times as long.
 template <typename T>
 void scale_rows(const T* x, int64_t rows, int64_t columns, const T* factors, int64_t factor_step, T share, T* out,
                 int64_t out_stride) {
