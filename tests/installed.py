@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(fastda.__file__).resolve().parent
 AGAIN = "pip install --no-deps --force-reinstall ."
 
+# what the extras install: imported by what needs it alone
+EXTRAS = {"PIL", "matplotlib", "pyarrow", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "threadpoolctl"}
+EXTRAS |= {"tqdm", "triton"}
+
 
 def check() -> None:
     """Stop the session where it would test another fastda."""

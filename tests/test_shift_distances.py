@@ -6,8 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fastda.shift import feature_tests, proxy_a_distance
 from fastda.shift.distances import from_scores
@@ -104,8 +106,37 @@ def test_names_of_features():
         feature_tests(x, x, feature_names=["age"])
 
 
-def test_without_scipy_one_sentence_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    for function in (feature_tests, proxy_a_distance):
-        with pytest.raises(ModuleNotFoundError, match=r"needs scipy, .*: pip install 'fastda-kernels\[shift\]'"):
+def test_blas_has_one_thread_while_the_regression_is_fitted(monkeypatch):
+    """Its threads would spin while the others compute. Torch keeps its own."""
+    during = []
+
+    def minimize(*args, **kwargs):
+        during.append((blas_threads(), torch.get_num_threads()))
+        return real(*args, **kwargs)
+
+    real = scipy.optimize.minimize
+    monkeypatch.setattr(scipy.optimize, "minimize", minimize)
+    with threadpool_limits(2):
+        before = blas_threads(), torch.get_num_threads()
+        fit_logistic(torch.randn(30, 2).double(), torch.arange(30) % 2, 2)
+        assert (blas_threads(), torch.get_num_threads()) == before
+    assert set(before[0]) == {2}  # both numpy's and scipy's, where each brings one
+    assert during == [([1] * len(before[0]), before[1])]
+
+
+def blas_threads() -> list[int]:
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+@pytest.mark.parametrize(
+    "missing, module, functions",
+    [
+        ("scipy", "scipy.stats", (feature_tests, proxy_a_distance)),
+        ("threadpoolctl", "threadpoolctl", (proxy_a_distance,)),
+    ],
+)
+def test_without_an_extra_one_sentence_says_what_to_do(monkeypatch, missing, module, functions):
+    monkeypatch.setitem(sys.modules, module, None)
+    for function in functions:
+        with pytest.raises(ModuleNotFoundError, match=rf"needs {missing}, .*: pip install 'fastda-kernels\[shift\]'"):
             function(np.ones((9, 2)), np.ones((9, 2)))

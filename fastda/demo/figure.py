@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..intervals import interval
+from ..threads import libraries_on_one_thread
 from .data import NUM_CLASSES, Domains, photograph, studio_digits
 from .model import DigitNetwork
 from .report import Report
@@ -132,11 +133,10 @@ def draw_digits(axes: Axes, report: Report) -> None:
 def draw_features(axes: Axes, title: str, network: DigitNetwork, domains: Domains) -> None:
     """Penultimate features of the held-out images, both domains embedded together in two dimensions by t-SNE."""
     from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
 
     parts = ((domains.source_test, "o"), (domains.target_test, "x"))
     features = torch.cat([network.features(part.images) for part, _ in parts]).numpy()
-    with threadpool_limits(1):  # its loops are short: on a busy machine more threads wait for each other
+    with libraries_on_one_thread("the demo's figure", "demo"):
         embedded = TSNE(n_components=2, init="pca", max_iter=500, random_state=0).fit_transform(features)
     embedded = np.split(embedded, [len(domains.source_test)])
     for (x, y), (part, marker) in zip((points.T for points in embedded), parts):

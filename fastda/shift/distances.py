@@ -66,7 +66,7 @@ def proxy_a_distance(source, target, *, seed: int = 0) -> ProxyADistance:
     Raises:
         TypeError: what is no array of numbers.
         ValueError: too few samples, other feature counts, NaN or Inf.
-        ModuleNotFoundError: scipy is missing: `pip install 'fastda-kernels[shift]'`.
+        ModuleNotFoundError: scipy or threadpoolctl is missing: `pip install 'fastda-kernels[shift]'`.
 
     Source: Ben-David, Blitzer, Crammer, Kulesza, Pereira & Vaughan, A theory of learning from different domains,
     Machine Learning 79, 2010; the proxy: Ben-David, Blitzer, Crammer & Pereira, Analysis of representations for domain

@@ -115,7 +115,7 @@ def diagnose(
 
     Raises:
         TypeError, ValueError: samples, labels and probabilities that do not fit together; NaN or Inf; one class only.
-        ModuleNotFoundError: scipy is missing: `pip install 'fastda-kernels[shift]'`.
+        ModuleNotFoundError: scipy or threadpoolctl is missing: `pip install 'fastda-kernels[shift]'`.
 
     Source: detection through predictions: Lipton, Wang & Smola, ICML 2018; Rabanser, Günnemann & Lipton, Failing
     loudly, NeurIPS 2019. The kinds: Moreno-Torres et al., A unifying view on dataset shift in classification, Pattern

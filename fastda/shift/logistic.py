@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import libraries_on_one_thread
 from .samples import require_scipy
 
 FOLDS = 5
@@ -56,7 +57,9 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, sample_weig
         return loss.item(), gradient.flatten().cpu().numpy()
 
     start = np.zeros(shape[0] * shape[1])
-    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS, "gtol": 1e-5})
+    options = {"maxiter": STEPS, "gtol": 1e-5}
+    with libraries_on_one_thread("logistic regression", "shift", "blas"):
+        found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
     parameters = torch.from_numpy(found.x).view(shape).to(inputs.device)
     return Logistic(mean, deviation, parameters[:, :-1], parameters[:, -1])
 
