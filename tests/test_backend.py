@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 
+import fresh
 import pytest
 import torch
 
@@ -108,10 +108,8 @@ def test_an_op_without_a_kernel_is_the_reference_itself(op):
 
 
 def run(variable, program):
-    environment = os.environ | {"FASTDA_BACKEND": variable}
     elsewhere = os.path.dirname(sys.executable)
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=elsewhere)
+    return fresh.python("-c", program, cwd=elsewhere, env=os.environ | {"FASTDA_BACKEND": variable})
 
 
 def test_the_environment_variable_chooses():

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 
+import fresh
 import pytest
 from installed import EXTRAS
 
@@ -176,8 +177,7 @@ def test_doctor_says_a_long_reason_once():
 
 def test_doctor_fails_where_the_backend_asked_for_cannot_serve(tmp_path):
     environment = {**os.environ, "FASTDA_BACKEND": "no-such-backend"}
-    command = [sys.executable, "-m", "fastda", "doctor"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    run = fresh.python("-m", "fastda", "doctor", cwd=tmp_path, env=environment)
     assert run.returncode == 1
     assert run.stderr.startswith("fastda doctor: FASTDA_BACKEND: expected one of ")
     assert run.stderr.count("\n") == 1
@@ -193,7 +193,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_doctor_imports_nothing_that_an_extra_installs(tmp_path):
-    run = subprocess.run([sys.executable, "-c", DOCTOR], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = fresh.python("-c", DOCTOR, cwd=tmp_path)
+    run.check_returncode()
     imported = {module.partition(".")[0] for module in json.loads(run.stdout.splitlines()[-1])}
     assert "fastda" in imported
     assert not imported & EXTRAS

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import doctest
 import json
-import subprocess
-import sys
 
+import fresh
 from installed import EXTRAS
 
 from fastda.fewshot import EpisodeSampler
@@ -29,7 +28,8 @@ print(json.dumps([early, sorted({name.partition(".")[0] for name in set(sys.modu
 
 
 def test_importing_it_brings_nothing_that_an_extra_installs(tmp_path):
-    run = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = fresh.python("-c", IMPORT, cwd=tmp_path)
+    run.check_returncode()
     early, imported = json.loads(run.stdout)
     assert not early and "fastda" in imported
     assert not set(imported) & EXTRAS

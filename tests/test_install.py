@@ -13,6 +13,7 @@ import venv
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import fresh
 import pytest
 from installed import EXTRAS
 
@@ -24,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
+    run = fresh.python("-c", code, cwd=cwd)
+    run.check_returncode()
+    return run
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pytest
 import sklearn
@@ -196,8 +195,8 @@ def test_parameters_out_of_bounds(classifier, error, message):
         classifier.fit(np.eye(4), [0, 1, 0, 1], sample_domain=[1, 1, -1, -1])
 
 
-def test_without_scikit_learn_the_extra_is_named():
+def test_without_scikit_learn_the_extra_is_named(tmp_path):
     program = "import sys; sys.modules['sklearn'] = None; import fastda; import fastda.sklearn"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = fresh.python("-c", program, cwd=tmp_path)
     assert done.returncode != 0
     assert "pip install 'fastda-kernels[sklearn]'" in done.stderr

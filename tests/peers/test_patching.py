@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -220,23 +221,28 @@ def test_libraries_that_are_unknown_or_not_installed(monkeypatch):
 
 
 def run(tmp_path, *words: str, program: str = "", stand_ins: bool = True) -> subprocess.CompletedProcess:
-    """A command, beside a `train.py`; only the stand-ins can be imported, whatever is installed."""
+    """A program, or the interpreter with one, beside a `train.py`; it imports stand-ins, whatever is installed."""
     (tmp_path / "train.py").write_text(program)
     path = [str(STAND_INS)] * stand_ins + [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     programs = [os.path.dirname(sys.executable), os.environ["PATH"]]
     environment = {"PYTHONPATH": os.pathsep.join(path), "PATH": os.pathsep.join(programs)}
-    return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    if words[0] != sys.executable:
+        return fresh.python(*words, cwd=tmp_path, env=environment)
+    return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
 
 def patching(*words: str) -> list[str]:
-    """What `fastda patch` executes."""
-    return command.command_line([*words])
+    """What `fastda patch` has the interpreter execute."""
+    interpreter, *words = command.command_line([*words])
+    assert interpreter == sys.executable
+    return words
 
 
 PROGRAM = """
 import sys
 from easyfsl.methods.utils import compute_prototypes
-print(__name__, sys.argv, hasattr(compute_prototypes, "__wrapped__"), sys.path[0], sys.flags.optimize)
+print(__name__, sys.argv, hasattr(compute_prototypes, "__wrapped__"), sys.path[0], sys.flags.quiet)
 if __name__ == "__main__":
     raise SystemExit(3)
 """
@@ -244,7 +250,7 @@ if __name__ == "__main__":
 
 def test_a_script_runs_as_it_would_and_is_patched_when_it_imports(tmp_path):
     done = run(
-        tmp_path, sys.executable, *"-m fastda patch -- python -O -W ignore train.py --lr 0.1".split(), program=PROGRAM
+        tmp_path, sys.executable, *"-m fastda patch -- python -q -W ignore train.py --lr 0.1".split(), program=PROGRAM
     )
     assert done.returncode == 3, done.stderr
     assert done.stdout == f"__main__ ['train.py', '--lr', '0.1'] True {tmp_path.resolve()} 1\n"
@@ -322,9 +328,9 @@ def test_an_interpreter_with_its_options(tmp_path):
     assert command.command_line(["--", str(other), "-c", "pass"])[0] == str(other)
 
 
-def test_importing_fastda_imports_no_library():
+def test_importing_fastda_imports_no_library(tmp_path):
     code = "import sys, fastda; print([m for m in sys.modules if m.partition('.')[0] in fastda.patching.LIBRARIES])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert fresh.python("-c", code, cwd=tmp_path).stdout == "[]\n"
 
 
 @pytest.mark.slow

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 
 
@@ -14,8 +13,8 @@ def compiled(tmp_path, *options):
     """What each kernel takes; in a process of its own, since the interpreter replaces the kernels in this one."""
     record = tmp_path / "record.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastda.benchmarks.triton_resources", "--output", str(record), *options]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    command = "-m", "fastda.benchmarks.triton_resources", "--output", record, *options
+    process = fresh.python(*command, cwd=tmp_path, env=environment)
     assert record.exists(), process.stderr
     kernels = json.loads(record.read_text())["kernels"]
     assert kernels and process.returncode == (1 if any(kernel["spills"] for kernel in kernels) else 0)

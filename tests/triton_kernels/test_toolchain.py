@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -47,10 +46,9 @@ def test_a_matrix_product_with_masks(rows, columns):
     torch.testing.assert_close(out, x @ x.T)
 
 
-def test_kernels_compile_for_absent_gpus():
+def test_kernels_compile_for_absent_gpus(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(HERE)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = fresh.python("-c", COMPILE, HERE, cwd=tmp_path, env=environment)
     assert process.returncode == 0, process.stderr
     *targets, starved = map(json.loads, process.stdout.splitlines())
     for used in targets:
