@@ -18,7 +18,7 @@ from pathlib import Path
 FORKS = hasattr(os, "fork")
 
 
-def python(*words: str, cwd: Path | str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+def python(*words: object, cwd: Path | str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
     """What `python WORD ...` does and prints; the words are a script, -m MODULE or -c CODE, and arguments.
 
     Args:

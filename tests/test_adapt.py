@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -154,9 +153,7 @@ def test_the_demo_s_shift_is_half_undone_at_least(tmp_path, method):
 def test_killed_runs_go_on_to_the_same_result(tmp_path, kills):
     """To the bit, wherever they are killed: model, predictions and report."""
     seed = random.randrange(10**6)
-    command = [sys.executable, str(TESTS / "adapting_to_kill.py"), str(tmp_path), str(kills), str(seed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS, timeout=300)
+    run = fresh.python(TESTS / "adapting_to_kill.py", tmp_path, kills, seed, cwd=TESTS)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["kills"] == kills and found["resumed"] >= 1 and found["same"], f"seed {seed}: {found}"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -543,9 +544,7 @@ def test_durations_have_three_digits(seconds, text):
 def test_the_report_makes_tables_and_plots(tmp_path):
     path = _record(tmp_path)
     output = tmp_path / "report"
-    done = subprocess.run(
-        [sys.executable, BENCH / "report.py", path, "--output", output], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = fresh.python(BENCH / "report.py", path, "--output", output, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plots = ("-coral-time", "-coral-memory", "-coral-sweep-32-samples-a-domain", "-ratios", "-limits")
     ends = (".md", "-summary.md", *(f"{plot}.png" for plot in plots))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import fastda
 from fastda import cli
 from fastda.demo import data as demo_data
+from fastda.demo import figure as demo_figure
 from fastda.demo import report as demo_report
 from fastda.demo.data import Phone, make_domains, photograph, studio_digits
 from fastda.demo.report import Report, Result, StepTime
@@ -221,6 +222,7 @@ def test_share_of_the_gap_is_taken_seed_by_seed():
 
 def test_the_command_prints_the_table_and_writes_figure_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo_report, "TIMED_STEPS", 6)
+    monkeypatch.setattr(demo_figure, "TSNE_STEPS", 250)  # the fewest that t-SNE takes
     figure, numbers = tmp_path / "figure.png", tmp_path / "numbers.json"
     figure.write_bytes(b"an older figure")
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -384,8 +385,9 @@ def run_program(*arguments: str, **options) -> str:
 def test_killed_at_random_moments_nothing_is_lost(tmp_path, kills):
     """Weights and log are to the bit those of the run that was left alone."""
     seed = random.randrange(10**6)
-    printed = run_program(str(TESTS / "training_to_kill.py"), str(tmp_path), str(kills), str(seed))
-    found = json.loads(printed.splitlines()[-1])
+    run = fresh.python(TESTS / "training_to_kill.py", tmp_path, kills, seed, cwd=TESTS)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
     assert found["kills"] == kills and found["resumed"] >= kills // 2 and found["same"], f"seed {seed}: {found}"
 
 

@@ -21,6 +21,7 @@ from .report import Report
 
 COLOURS = {"source-only": "#7f7f7f", "Deep CORAL": "#1f77b4", "DANN": "#e6862b", "upper bound": "#3a923a"}
 STUDIO = "#4c4c4c"
+TSNE_STEPS = 500
 
 
 def draw(report: Report) -> Figure:
@@ -137,7 +138,7 @@ def draw_features(axes: Axes, title: str, network: DigitNetwork, domains: Domain
     parts = ((domains.source_test, "o"), (domains.target_test, "x"))
     features = torch.cat([network.features(part.images) for part, _ in parts]).numpy()
     with libraries_on_one_thread("the demo's figure", "demo"):
-        embedded = TSNE(n_components=2, init="pca", max_iter=500, random_state=0).fit_transform(features)
+        embedded = TSNE(n_components=2, init="pca", max_iter=TSNE_STEPS, random_state=0).fit_transform(features)
     embedded = np.split(embedded, [len(domains.source_test)])
     for (x, y), (part, marker) in zip((points.T for points in embedded), parts):
         axes.scatter(x, y, c=part.labels, cmap="tab10", vmin=0, vmax=9, marker=marker, s=22, linewidths=0.9, alpha=0.75)
