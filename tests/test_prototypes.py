@@ -204,22 +204,53 @@ def test_the_gradient_of_one_class_is_nothing_however_its_label_is_smoothed():
 
 
 @each_metric
-def test_an_episode_of_many_classes_and_queries(metric):
-    """More than a panel of classes and than the queries that are multiplied at once; to the bit on any threads."""
-    support, queries = torch.randn(140, 100, dtype=torch.float64), torch.randn(500, 100, dtype=torch.float64)
-    labels, targets = torch.arange(140) % 70, torch.arange(500) % 70
+@pytest.mark.parametrize("classes, queries, features", [(70, 500, 100), (150, 130, 47), (41, 300, 16)])
+def test_an_episode_of_many_classes_and_queries(metric, classes, queries, features):
+    """More than a panel of classes and than are multiplied at once, and rests of both; to the bit on any threads."""
+    points = [torch.randn(count, features, dtype=torch.float64) for count in (2 * classes, queries)]
+    labels, targets = torch.arange(2 * classes) % classes, torch.arange(queries) % classes
     threads, found = torch.get_num_threads(), []
     try:
         for module, count in ((fastda.reference, 1), (fastda, 1), (fastda, 2), (fastda, 3)):
             torch.set_num_threads(count)
-            leaves = [x.clone().requires_grad_() for x in (support, queries)]
-            loss = module.prototypical_loss(leaves[0], labels, leaves[1], targets, 70, metric=metric, temperature=9.0)
+            leaves = [x.clone().requires_grad_() for x in points]
+            options = {"metric": metric, "temperature": 9.0}
+            loss = module.prototypical_loss(leaves[0], labels, leaves[1], targets, classes, **options)
             found.append((loss, *torch.autograd.grad(loss, leaves)))
     finally:
         torch.set_num_threads(threads)
     assert_close(found[1], found[0])
     assert_close(found[2], found[1], rtol=0, atol=0)
     assert_close(found[3], found[1], rtol=0, atol=0)
+
+
+def sure_answers(module, op, support, queries):
+    """The op on points in so many dimensions that most probabilities are too small to be normal numbers."""
+    labels, targets = torch.arange(60), torch.arange(96) % 60
+    if op == "prototypical_loss":
+        return module.prototypical_loss(support, labels, queries, targets, 60)
+    if op == "prototype_cross_entropy":
+        return module.prototype_cross_entropy(queries, support, targets)
+    return module.prototype_softmax(queries, support)
+
+
+each_sure_op = pytest.mark.parametrize("op", ["prototypical_loss", "prototype_cross_entropy", "prototype_softmax"])
+
+
+@each_sure_op
+def test_answers_of_which_a_softmax_is_sure(op):
+    functions = (functools.partial(sure_answers, module, op) for module in (fastda, fastda.reference))
+    assert_as_accurate_as_reference(*functions, {"support": torch.randn(60, 80), "queries": torch.randn(96, 80)})
+
+
+@each_sure_op
+def test_numbers_too_small_to_be_normal_are_kept_outside_the_kernels(op):
+    """That the kernels do without them is a mode of the processor, and would hold for all that a thread computes."""
+    leaves = [torch.randn(count, 80, requires_grad=True) for count in (60, 96)]
+    result = sure_answers(fastda, op, *leaves)
+    torch.autograd.grad(result, leaves, torch.ones_like(result))
+    on_all_threads, on_this_one = torch.full((1 << 20,), 1e-38) * 0.01, torch.full((3,), 1e-38) * 0.01
+    assert (on_all_threads > 0).all() and (on_this_one > 0).all()
 
 
 @each_module

@@ -325,14 +325,19 @@ FASTDA_INLINE void clear(typename Grid<T>::Vector (*sum)[vectors]) {
 }
 
 // Adds Σ_k a(k, r) b(k, j) to sum(r, j) for a few rows and a panel of so many vectors; a(k, r) lies at
-// a[k * step + r * row], by default in a block of rows.
-template <typename T, int vectors, int64_t step = Panel<T>::lanes, int64_t row = 1, int rows = Panel<T>::rows>
-FASTDA_INLINE void add_products(const T* a, const T* b, int64_t depth, typename Grid<T>::Vector (*sum)[vectors]) {
+// a[k * step + r * row]. A panel that lies in the second cache (far) is fetched from there ahead of its products.
+template <typename T, int vectors, int rows = Panel<T>::rows, bool far = false>
+FASTDA_INLINE void add_products(const T* a, int64_t step, int64_t row, const T* b, int64_t depth,
+                                typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
+  constexpr int64_t ahead = 8;
   for (int64_t k = 0; k < depth; ++k, a += step, b += vectors * G::lanes) {
     typename G::Vector right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) right[v] = G::load(b + v * G::lanes);
+    for (int v = 0; v < vectors; ++v) {
+      right[v] = G::load(b + v * G::lanes);
+      if (far) __builtin_prefetch(b + (ahead * vectors + v) * G::lanes);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const T left = a[r * row];
@@ -484,7 +489,7 @@ void products_with_vectors(const T* a, int64_t count, const T* panel, int64_t de
   for (int64_t k = 0; k < depth || k == 0; k += Panel<T>::depth) {
     for (int64_t i = 0; i < count; i += rows) {
       clear<T, vectors>(sum);
-      add_products<T, vectors>(a + i / G::lanes * G::lanes * depth + k * G::lanes + i % G::lanes,
+      add_products<T, vectors>(a + i / G::lanes * G::lanes * depth + k * G::lanes + i % G::lanes, G::lanes, 1,
                                panel + k * vectors * G::lanes, least(Panel<T>::depth, depth - k), sum);
       put_rows<T, vectors>(sum, least(rows, count - i), width, k > 0, out + i * out_stride, out_stride);
     }
@@ -586,7 +591,7 @@ FASTDA_INLINE void weigh_vectors(bool product, const T* w, int64_t count, const 
     prefetch_rows<T, vectors, 1>(out, out_stride, some);
     if (totals) prefetch_rows<T, vectors>(x, x_stride, some);
     clear<T, vectors>(sum);
-    add_products<T, vectors, step, row>(w + i / block * between + i % block * row, panel, samples, sum);
+    add_products<T, vectors>(w + i / block * between + i % block * row, step, row, panel, samples, sum);
     if (!product) complete_sums<T, vectors>(x, x_stride, some, totals ? totals + i : nullptr, centre, sum);
     put_rows<T, vectors>(sum, some, width, add, out, out_stride);
   }
@@ -635,7 +640,8 @@ FASTDA_INLINE void weigh_vectors_by_tiles(bool product, const T* tiles, int64_t 
     clear<T, vectors>(sum);
     const T* tile = tiles + i * row;
     for (int64_t k = 0; k < samples; k += of_tile, tile += between) {
-      add_products<T, vectors, step, row>(tile, panel + k * vectors * Grid<T>::lanes, least(of_tile, samples - k), sum);
+      add_products<T, vectors, rows, true>(tile, step, row, panel + k * vectors * Grid<T>::lanes,
+                                           least(of_tile, samples - k), sum);
     }
     if (!product) complete_sums<T, vectors>(x, x_stride, some, totals ? totals + i : nullptr, centre, sum);
     put_rows<T, vectors>(sum, some, width, add, out, out_stride);

@@ -1,78 +1,7 @@
 // Inner loops of episodes, which have few classes; compiled once for each instruction set by for_each_isa.h.
 #include "prototypes_loops.h"
 
-// Panels of the classes of an episode. Queries are multiplied as they lie: there are too few classes to make up for
-// packing them.
-template <typename T>
-struct ClassPanel {
-  static constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
-  static constexpr int64_t lanes = Grid<T>::lanes, vectors = wide ? 4 : 3, columns = vectors * lanes;
-  // That stays in the first cache, and is no longer a sum than the accuracy allows: what it rounds adds up.
-  static constexpr int64_t depth = least(32768 / (columns * sizeof(T)), 128) / lanes * lanes;
-  static constexpr int rows_beside(int vectors) { return (wide ? 24 : 12) / (vectors == 1 ? 2 : vectors); }
-};
-
-template <typename T>
-void class_panel_columns(int64_t* columns) {
-  *columns = ClassPanel<T>::columns;
-}
-
-// A few rows less the centre, ClassPanel::depth apart; adds their squares to the norms, where they are not null. The
-// rows after them are fetched.
-template <typename T>
-FASTDA_INLINE void centre_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const T* centre, int64_t after,
-                               T* centred, double* norms) {
-  using G = Grid<T>;
-  for (int64_t r = 0; r < rows; ++r, x += stride, centred += ClassPanel<T>::depth) {
-    typename G::Vector squares = {};
-    for (int64_t k = 0; k < depth; k += G::lanes) {
-      const typename G::Vector value = G::load(x + k) - G::load(centre + k);
-      G::store(centred + k, value);
-      squares += value * value;
-      __builtin_prefetch(x + k + after);
-    }
-    if (!norms) continue;
-    T part[G::lanes];
-    G::store(part, squares);
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < G::lanes; ++i) sum += static_cast<double>(part[i]);
-    norms[r] += sum;
-  }
-}
-
-template <typename T, int vectors>
-void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, const T* panel,
-                         double* norms, T* out, int64_t out_stride) {
-  using P = ClassPanel<T>;
-  constexpr int rows = P::rows_beside(vectors);
-  alignas(64) T centred[rows * P::depth] = {};
-  typename Grid<T>::Vector sum[rows][vectors];
-  for (int64_t k = 0; k < depth; k += P::depth) {
-    const int64_t some_depth = least(P::depth, depth - k);
-    for (int64_t i = 0; i < count; i += rows) {
-      const int64_t some = least(rows, count - i);
-      centre_rows(x + i * stride + k, stride, some, some_depth, centre + k, rows * stride, centred,
-                  norms ? norms + i : nullptr);
-      clear<T, vectors, rows>(sum);
-      add_products<T, vectors, 1, P::depth, rows>(centred, panel + k * vectors * P::lanes, some_depth, sum);
-      put_rows<T, vectors, rows>(sum, some, vectors * P::lanes, k > 0, out + i * out_stride, out_stride);
-    }
-  }
-}
-
-// Products of rows x, less the centre, with the columns of one panel, and the squared norms of the rows where they are
-// not null; these are to be 0 before.
-template <typename T>
-void products_of_rows(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, const T* panel,
-                      int64_t classes, double* norms, T* out, int64_t out_stride) {
-  const int64_t vectors = (classes + Grid<T>::lanes - 1) / Grid<T>::lanes;
-  const auto run = vectors <= 1   ? &products_of_vectors<T, 1>
-                   : vectors == 2 ? &products_of_vectors<T, 2>
-                   : vectors == 3 ? &products_of_vectors<T, 3>
-                                  : &products_of_vectors<T, ClassPanel<T>::vectors>;
-  run(x, stride, count, depth, centre, panel, norms, out, out_stride);
-}
+#include "episode_products_loops.h"
 
 // Of the sums over queries, which stay in the first cache, with the prototypes.
 template <typename T>

@@ -17,6 +17,7 @@ struct PanelShape {
   int64_t rows, columns, depth;
 };
 
+constexpr int64_t class_panel_rows = 12;  // the most that are multiplied at once with a panel of an episode's classes
 constexpr int64_t classes_of_group = 5;  // whose gradients are found together with those of queries, in one pass
 
 // Where sums go: over what is there, onto it, or past the caches, which a large result would only empty.
@@ -31,6 +32,17 @@ struct LossGradient {
   T temperature, on_target, spread;
   bool all_present;  // no class is empty
   Metric metric;
+};
+
+// What the gradients of an episode are taken from: points and one near the queries and one near the classes, weights
+// w(q, c) at w[q · w_stride + c], and the weights' sums over the classes and over the queries. Weights are read up to
+// class_panel_rows rows and columns further.
+template <typename T>
+struct EpisodeWeights {
+  const T *q, *p, *w, *near_queries, *near_classes;
+  const double *of_queries, *of_classes;
+  int64_t queries, classes, q_stride, p_stride, w_stride;
+  bool product;
 };
 
 inline Metric metric_of(c10::string_view name) {

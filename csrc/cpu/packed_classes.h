@@ -5,6 +5,13 @@
 namespace fastda {
 namespace {
 
+template <typename T>
+PanelShape class_panel_shape_of(T) {
+  PanelShape shape{};
+  FASTDA_RUN(class_panel_shape<T>(&shape));
+  return shape;
+}
+
 // The classes of an episode as panels, less a point near the queries.
 template <typename T>
 class PackedClasses {
@@ -14,7 +21,7 @@ class PackedClasses {
         metric_(metric),
         centre_(centre),
         lanes_(panel_shape_of(T()).rows),
-        columns_(columns_of_panel()),
+        columns_(class_panel_shape_of(T()).columns),
         packed_(whole_lanes(p.count()) * p.depth()),
         norms_(whole_lanes(p.count())) {
     const int64_t work = lanes_ * p.depth() * 16;
@@ -54,11 +61,6 @@ class PackedClasses {
     }
   }
 
-  static int64_t columns_of_panel() {
-    int64_t columns = 0;
-    FASTDA_RUN(class_panel_columns<T>(&columns));
-    return columns;
-  }
   int64_t whole_lanes(int64_t classes) const { return blocks(classes, lanes_) * lanes_; }
 
   const Points<T>& p_;

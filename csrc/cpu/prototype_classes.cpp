@@ -147,6 +147,7 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
       for_ranges(n.queries, at_once, [&](Range block) {
         find_distances(from, block, to, n.metric, weights.data(), stride);
         for_queries<T>(block, n.classes, [&](int64_t i, T* l) {
+          const FlushToZero flush;
           const int64_t at = b * n.queries + i;
           const T temperature = t.const_data_ptr<T>()[b];
           T* row = weights.data() + (i - block.begin) * stride;

@@ -78,6 +78,7 @@ class QueryLosses {
   // Takes the distances of some queries to some classes into account.
   void join(Range some, Range classes, const uint8_t* empty, const T* distances, int64_t stride) {
     for_queries<T>(some, classes.size(), [&](int64_t i, T* l) {
+      const FlushToZero flush;
       FASTDA_RUN(logits(distances + (i - some.begin) * stride, empty, classes.size(), temperature_, l));
       FASTDA_RUN(join_softmax(l, classes.size(), largest_ + i, log_sum_ + i));
       if (options_.smoothing != 0) FASTDA_RUN(add_logits(l, empty, classes.size(), &totals_[i]));
@@ -226,6 +227,7 @@ template <typename T>
 void weigh(const LossGradient<T>& gradient, Range some, Range classes, const uint8_t* empty, T* distances,
            int64_t stride, std::vector<double>& slopes) {
   for_queries<T>(some, classes.size(), [&](int64_t i, T* scratch) {
+    const FlushToZero flush;
     T* row = distances + (i - some.begin) * stride;
     FASTDA_RUN(weigh_row<T>(gradient, i, classes.begin, classes.size(), empty, row, scratch,
                             slopes.empty() ? nullptr : &slopes[i]));
@@ -367,6 +369,7 @@ class LossAndGradients {
     held.find(
         from_, n_.metric, near_queries_, [&](Range classes) { return prototypes(classes); },
         [&](int64_t panel, Range some) {
+          const FlushToZero flush;
           const T* tile = held.row(panel, some.begin);
           const int64_t classes = held.classes(panel).size(), at = panel * queries + some.begin - held.queries().begin;
           bool part = true;
@@ -399,10 +402,12 @@ class LossAndGradients {
     for_ranges(n_.classes, classes_at_once, [&](Range classes) {
       const Points<T> to = prototypes(classes);
       for_shares(all.size() * classes.size() * 32, [&](Share share) {
+        const FlushToZero flush;
         weigh(terms, classes, share);
         if (grad_queries_) terms.classes.pack(to, {0, classes.size()}, share.of({0, classes.size()}, rows_at_once));
       });
       for_shares(all.size() * classes.size() * n_.features * 2, [&](Share share) {
+        const FlushToZero flush;
         if (grad_queries_) sum_over_classes(terms, classes, share);
         if (grad_prototypes_) sum_over_queries(terms, classes, to, share);
       });

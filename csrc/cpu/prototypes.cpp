@@ -200,6 +200,7 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
         } else {
           find_distances_one_by_one(from, some, to, n.metric, distances, n.classes);
         }
+        const FlushToZero flush;
         FASTDA_RUN(losses_of_queries(distances, to.empty(), some.size(), n.classes, n.metric,
                                      t.const_data_ptr<T>()[b], labels + some.begin, scratch, each + some.begin,
                                      data<T>(slopes) + b * n.queries + some.begin));
@@ -223,6 +224,7 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
   constexpr int64_t lanes = vector_bytes / sizeof(T);
   const int64_t work = q.count() * p.count() * lanes;
   at::parallel_for(0, q.depth() / lanes, thread_grain(2 * work), [&](int64_t begin, int64_t end) {
+    const FlushToZero flush;
     for (int64_t c = 0; c < p.count(); c += classes_of_group) {
       FASTDA_RUN(gradients_of_group(metric == Metric::cosine, q.row(0), q.stride(), q.count(), p.row(c), p.stride(),
                                     std::min(classes_of_group, p.count() - c), weights + c, stride, begin * lanes,
@@ -238,27 +240,27 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
 template <typename T>
 bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride, Metric metric,
                           T* grad_queries, T* grad_prototypes) {
-  const Range queries{0, q.count()}, classes{0, p.count()};
   if (std::min({q.count(), p.count(), q.features()}) < worth_packing || !p.is_finite()) return false;
   std::vector<double> of_queries(q.count(), 0), of_classes(p.count(), 0);
   FASTDA_RUN(totals_of_weights(weights, stride, 1, q.count(), p.count(), of_queries.data()));
   FASTDA_RUN(totals_of_weights(weights, 1, stride, p.count(), q.count(), of_classes.data()));
   const auto is_finite = [](double total) { return std::isfinite(total); };
   if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
-  const auto near_queries = centre_for(q, queries, metric), near_classes = centre_for(p, classes, metric);
-  constexpr int64_t most_panels = 4;  // whose columns are a turn's: the weights are packed again in each
-  const int64_t panel = panel_shape_of(T()).columns;
-  const int64_t width =
-      panel * std::clamp<int64_t>(blocks(q.features(), panel) / at::get_num_threads(), 1, most_panels);
-  const auto find_some = [&](int64_t begin, int64_t end) {
-    const Range columns{begin * width, std::min(end * width, q.features())};
-    sum_packed(q, queries, p, classes, {weights, stride, 1}, {near_classes.data(), of_queries.data(), false}, metric,
-               columns, grad_queries);
-    sum_packed(p, classes, q, queries, {weights, 1, stride}, {near_queries.data(), of_classes.data(), false}, metric,
-               columns, grad_prototypes);
-  };
-  const int64_t work = 2 * q.count() * p.count() * width;
-  parallel_in_turn(blocks(q.features(), width), thread_grain(work), find_some);
+  const auto near_queries = centre_for(q, {0, q.count()}, metric), near_classes = centre_for(p, {0, p.count()}, metric);
+  const PanelShape shape = class_panel_shape_of(T());
+  const int64_t work = 2 * q.count() * p.count() * shape.columns;
+  parallel_in_turn(blocks(q.features(), shape.columns), thread_grain(work), [&](int64_t begin, int64_t end) {
+    const FlushToZero flush;
+    const Scratch<T> scratch((shape.depth + 2 * p.count() + shape.rows) * shape.columns);
+    for (int64_t d = begin * shape.columns; d < std::min(end * shape.columns, q.features()); d += shape.columns) {
+      const EpisodeWeights<T> of{
+          q.row(0) + d,      p.row(0) + d,      weights,   near_queries.data() + d, near_classes.data() + d,
+          of_queries.data(), of_classes.data(), q.count(), p.count(),               q.stride(),
+          p.stride(),        stride,            metric == Metric::cosine};
+      FASTDA_RUN(gradients_of_panel(of, std::min(shape.columns, q.features() - d), grad_queries + d,
+                                    grad_prototypes + d, q.features(), scratch.data()));
+    }
+  });
   return true;
 }
 
@@ -288,6 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     using T = decltype(zero);
     const T share = static_cast<T>(n.share()), *incoming = grad.const_data_ptr<T>();
     for_batch(n.batch, [&](int64_t b) {
+      const FlushToZero flush;
       const auto grad_of = [&](int64_t i) { return n.reduces ? incoming[b] * share : incoming[b * n.queries + i]; };
       if (need_temperature) {
         double total = 0;
@@ -299,7 +302,8 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       if (!need_support && !need_queries) return;
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       const int64_t stride = row_stride<T>(n.classes);
-      const Scratch<T> scaled(n.queries * stride), of_prototypes(need_support ? n.classes * n.features : 0);
+      const Scratch<T> scaled((n.queries + class_panel_rows) * stride),
+          of_prototypes(need_support ? n.classes * n.features : 0);
       FASTDA_RUN(scale_rows(w.const_data_ptr<T>() + b * distances, n.queries, n.classes,
                             incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
                             scaled.data(), stride));
@@ -320,11 +324,19 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       finish_prototypes(to, of_prototypes.data());
       const int64_t *labels = label.const_data_ptr<int64_t>() + b * n.support,
                     *of_class = count.const_data_ptr<int64_t>() + b * n.classes;
+      // A class is divided once, then copied to its samples: a division takes longer than memory does.
+      at::parallel_for(0, n.classes, grain(n.features), [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          if (of_class[c] == 0) continue;
+          T* row = of_prototypes.data() + c * n.features;
+          FASTDA_RUN(divide(row, static_cast<T>(of_class[c]), n.features, row));
+        }
+      });
       at::parallel_for(0, n.support, grain(n.features), [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s) {
           check_label("support_labels", labels[s], n.classes);
-          FASTDA_RUN(divide(of_prototypes.data() + labels[s] * n.features, static_cast<T>(of_class[labels[s]]),
-                            n.features, data<T>(of_support) + (b * n.support + s) * n.features));
+          const T* row = of_prototypes.data() + labels[s] * n.features;
+          std::copy(row, row + n.features, data<T>(of_support) + (b * n.support + s) * n.features);
         }
       });
     });

@@ -326,18 +326,14 @@ void divide(const T* x, T divisor, int64_t count, T* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = x[i] / divisor;
 }
 
-// Rows of x, each times a factor of its own (factor_step 1) or all times one (0). What is too small to be normal
-// becomes 0: a softmax that is sure of its answers has many such, over which processors take a hundred times as long.
+// Rows of x, each times a factor of its own (factor_step 1) or all times one (0).
 template <typename T>
 void scale_rows(const T* x, int64_t rows, int64_t columns, const T* factors, int64_t factor_step, T share, T* out,
                 int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r, x += columns, out += out_stride) {
     const T factor = factors[r * factor_step] * share;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const T value = x[c] * factor;
-      out[c] = std::abs(value) < std::numeric_limits<T>::min() ? T(0) : value;
-    }
+    for (int64_t c = 0; c < columns; ++c) out[c] = x[c] * factor;
   }
 }
 

@@ -432,6 +432,7 @@ CPU_CASES = (
         Figure(1.2, ("reference", "careful")),
         Figure(1.0, ("reference compiled", "careful compiled")),
         Figure(0.25, quantity="memory"),
+        patience=40,
     ),
     _nearest_classes(
         Figure(1.3, ("reference", "careful")),
