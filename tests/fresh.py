@@ -5,6 +5,7 @@ Importing torch takes most of the time of a short program. Where nothing can be 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -55,6 +56,7 @@ def serve() -> list[str]:
     import torch  # noqa: F401
 
     assert "fastda" not in sys.modules
+    gc.freeze()  # what is imported is not looked through when a program ends
     for line in sys.stdin:
         words, cwd, env, files = json.loads(line)
         child = os.fork()
