@@ -179,6 +179,13 @@ def _episode(sizes, normal, labels) -> tuple:
     )
 
 
+def _sure_episode(sizes, normal, labels) -> tuple:
+    """Features of variance 1, of which a softmax is sure: most probabilities are too small to be normal numbers."""
+    support, support_labels, queries, *rest = _episode(sizes, normal, labels)
+    scale = sizes["features"] ** 0.25
+    return scale * support, support_labels, scale * queries, *rest
+
+
 def _many_classes(sizes, normal, labels) -> tuple:
     queries = _embedding(normal, sizes["queries"], sizes["features"])
     prototypes = _embedding(normal, sizes["classes"], sizes["features"])
@@ -347,13 +354,21 @@ def _covariance(samples: int, features: int, *figures: Figure, batch: int | None
 
 
 def _episodes(
-    classes: int, shots: int, queries: int, features: int, *figures: Figure, episodes: int | None = None, **options
+    classes: int,
+    shots: int,
+    queries: int,
+    features: int,
+    *figures: Figure,
+    episodes: int | None = None,
+    sure: bool = False,
+    **options,
 ) -> Case:
     sizes = {"classes": classes, "shots": shots, "queries": queries, "features": features}
-    label = "{classes}-way {shots}-shot Q {queries} D {features}"
+    label = "{classes}-way {shots}-shot Q {queries} D {features}" + (", sure answers" if sure else "")
     if episodes:
         sizes, label = sizes | {"episodes": episodes}, "{episodes} episodes " + label
-    return _case(label, "prototypes", "prototypical_loss", sizes, _episode, _episode_work, figures, **options)
+    make = _sure_episode if sure else _episode
+    return _case(label, "prototypes", "prototypical_loss", sizes, make, _episode_work, figures, **options)
 
 
 def _cross_entropy(queries: int, classes: int, features: int, *figures: Figure, count=_cross_entropy_work, **options):
@@ -425,6 +440,7 @@ CPU_CASES = (
     _episodes(20, 5, 300, 64, Figure(2.5)),
     _episodes(5, 1, 75, 640, Figure(2.5), episodes=64),
     _episodes(60, 5, 300, 1600, Figure(1.5)),
+    _episodes(60, 5, 300, 1600, Figure(4), sure=True),
     _cross_entropy(
         512,
         10_000,
