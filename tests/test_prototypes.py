@@ -246,11 +246,32 @@ def test_answers_of_which_a_softmax_is_sure(op):
 @each_sure_op
 def test_numbers_too_small_to_be_normal_are_kept_outside_the_kernels(op):
     """That the kernels do without them is a mode of the processor, and would hold for all that a thread computes."""
-    leaves = [torch.randn(count, 80, requires_grad=True) for count in (60, 96)]
-    result = sure_answers(fastda, op, *leaves)
-    torch.autograd.grad(result, leaves, torch.ones_like(result))
-    on_all_threads, on_this_one = torch.full((1 << 20,), 1e-38) * 0.01, torch.full((3,), 1e-38) * 0.01
-    assert (on_all_threads > 0).all() and (on_this_one > 0).all()
+    leaves = [torch.randn(count, 1280, requires_grad=True) for count in (60, 96)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        result = sure_answers(fastda, op, *leaves)
+        torch.autograd.grad(result, leaves, torch.ones_like(result))
+        on_both_threads, on_this_one = torch.full((1 << 20,), 1e-38) * 0.01, torch.full((3,), 1e-38) * 0.01
+    finally:
+        torch.set_num_threads(threads)
+    assert (on_both_threads > 0).all() and (on_this_one > 0).all()
+
+
+@each_metric
+def test_gradients_near_the_least_numbers_do_not_depend_on_threads(metric):
+    leaves = [torch.randn(count, 640, requires_grad=True) for count in (300, 60)]
+    labels, targets = torch.arange(300) % 60, torch.arange(60) % 60
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            loss = fastda.prototypical_loss(leaves[0], labels, leaves[1], targets, 60, metric=metric)
+            found.append(torch.autograd.grad(loss, leaves, torch.tensor(1e-36)))
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_close(found[2], found[0], rtol=0, atol=0)
 
 
 @each_module

@@ -161,12 +161,13 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
   using G = Grid<T>;
   using P = ClassPanel<T>;
   constexpr int rows = P::rows_beside(vectors);
-  constexpr int64_t columns = vectors * G::lanes, most = P::depth / rows * rows;
+  constexpr int64_t columns = vectors * G::lanes;
+  constexpr int64_t whole = 24, most = P::depth / whole * whole;  // of any number of rows: sums are cut alike
   T *centred_q = scratch, *centred_p = centred_q + P::depth * columns, *sums = centred_p + of.classes * columns;
   typename G::Vector sum[rows][vectors];
   centre_columns_of<T, vectors>(of.p, of.p_stride, of.classes, of.near_classes, centred_p);
   const int64_t parts = (of.queries + most - 1) / most;
-  const int64_t at_once = ((of.queries + parts - 1) / parts + rows - 1) / rows * rows;
+  const int64_t at_once = ((of.queries + parts - 1) / parts + whole - 1) / whole * whole;
   for (int64_t first = 0; first < of.queries; first += at_once) {
     const int64_t last = least(first + at_once, of.queries);
     for (int64_t c = 0; c < of.classes; c += P::depth) {
@@ -188,9 +189,9 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
   }
 }
 
-// Gradients of all queries and prototypes, Σ_c w_c (q − p_c) and Σ_q w_q (p − q), as products Σ_c w_c p_c and Σ_q w_q q,
-// over the columns of one panel, in one pass over the queries. Columns from `width` on are filling, and not written.
-// Scratch holds ClassPanel::depth and twice the classes, and class_panel_rows more, of panels.
+// Gradients of all queries and prototypes, Σ_c w_c (q − p_c) and Σ_q w_q (p − q), as products Σ_c w_c p_c and
+// Σ_q w_q q, over the columns of one panel, in one pass over the queries. Columns from `width` on are filling, and not
+// written. Scratch holds ClassPanel::depth and twice the classes, and class_panel_rows more, of panels.
 template <typename T>
 void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, T* grad_q, T* grad_p, int64_t stride, T* scratch) {
   FASTDA_WITH_CLASS_VECTORS(gradients_of_vectors, width, of, width, grad_q, grad_p, stride, scratch);

@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
       for_ranges(n.queries, at_once, [&](Range block) {
         if (n.metric == Metric::euclidean) find_distances(from, block, to, n.metric, weights.data(), stride);
         for_queries<T>(block, 0, [&](int64_t i, T*) {
+          const FlushToZero flush;
           T* row = weights.data() + (i - block.begin) * stride;
           FASTDA_RUN(weights_from_distances(row, to.empty(), n.classes, n.metric, incoming + i * n.classes));
         });

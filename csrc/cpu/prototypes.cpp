@@ -248,16 +248,18 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
   if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
   const auto near_queries = centre_for(q, {0, q.count()}, metric), near_classes = centre_for(p, {0, p.count()}, metric);
   const PanelShape shape = class_panel_shape_of(T());
-  const int64_t work = 2 * q.count() * p.count() * shape.columns;
-  parallel_in_turn(blocks(q.features(), shape.columns), thread_grain(work), [&](int64_t begin, int64_t end) {
+  const int64_t lanes = panel_shape_of(T()).rows, threads = at::get_num_threads();
+  const int64_t width = std::min(shape.columns, blocks(q.features(), threads * lanes) * lanes);
+  const int64_t work = 2 * q.count() * p.count() * width;
+  parallel_in_turn(blocks(q.features(), width), thread_grain(work), [&](int64_t begin, int64_t end) {
     const FlushToZero flush;
-    const Scratch<T> scratch((shape.depth + 2 * p.count() + shape.rows) * shape.columns);
-    for (int64_t d = begin * shape.columns; d < std::min(end * shape.columns, q.features()); d += shape.columns) {
+    const Scratch<T> scratch((shape.depth + 2 * p.count() + shape.rows) * width);
+    for (int64_t d = begin * width; d < std::min(end * width, q.features()); d += width) {
       const EpisodeWeights<T> of{
           q.row(0) + d,      p.row(0) + d,      weights,   near_queries.data() + d, near_classes.data() + d,
           of_queries.data(), of_classes.data(), q.count(), p.count(),               q.stride(),
           p.stride(),        stride,            metric == Metric::cosine};
-      FASTDA_RUN(gradients_of_panel(of, std::min(shape.columns, q.features() - d), grad_queries + d,
+      FASTDA_RUN(gradients_of_panel(of, std::min(width, q.features() - d), grad_queries + d,
                                     grad_prototypes + d, q.features(), scratch.data()));
     }
   });
@@ -290,7 +292,6 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     using T = decltype(zero);
     const T share = static_cast<T>(n.share()), *incoming = grad.const_data_ptr<T>();
     for_batch(n.batch, [&](int64_t b) {
-      const FlushToZero flush;
       const auto grad_of = [&](int64_t i) { return n.reduces ? incoming[b] * share : incoming[b * n.queries + i]; };
       if (need_temperature) {
         double total = 0;
@@ -304,9 +305,12 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       const int64_t stride = row_stride<T>(n.classes);
       const Scratch<T> scaled((n.queries + class_panel_rows) * stride),
           of_prototypes(need_support ? n.classes * n.features : 0);
-      FASTDA_RUN(scale_rows(w.const_data_ptr<T>() + b * distances, n.queries, n.classes,
-                            incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
-                            scaled.data(), stride));
+      {
+        const FlushToZero flush;
+        FASTDA_RUN(scale_rows(w.const_data_ptr<T>() + b * distances, n.queries, n.classes,
+                              incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
+                              scaled.data(), stride));
+      }
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
       const bool one_pass = need_queries && need_support && n.classes <= most_groups * classes_of_group;
       const bool once = need_queries && n.metric != Metric::cosine && (!one_pass || n.classes <= classes_of_group);

@@ -25,14 +25,15 @@ constexpr int64_t worth_a_thread = 1 << 19;  // multiplications, a few times wha
 // Items that a thread should at least be given, each of `work` multiplications.
 inline int64_t thread_grain(int64_t work) { return std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work)); }
 
-// While it lives, results of this thread that are too small to be normal become 0: a softmax that is sure of its answers
-// has many, over which x86 takes a hundred times as long.
+// While it lives, numbers too small to be normal count as 0 on this thread: a softmax that is sure of its answers has
+// many, over which x86 takes a hundred times as long. Other threads keep their own mode: one is to live in each, inside
+// of what they run, or results would depend on how many there are.
 class FlushToZero {
  public:
 #if FASTDA_X86
   FlushToZero() {
     asm volatile("stmxcsr %0" : "=m"(before_)::"memory");
-    set(before_ | 0x8000);
+    set(before_ | 0x8040);  // results, and what is read
   }
   ~FlushToZero() { set(before_); }
   FlushToZero(const FlushToZero&) = delete;

@@ -458,7 +458,7 @@ CPU_CASES = (
     _means(Figure(20, ("easyfsl",)), Figure(2, ("careful",))),
     _fork(64, 256, Figure(1.4, ("careful",)), Figure(1.0, ("two view_as",))),
     _fork(256, 2048, Figure(1.8, ("careful",))),
-    _fork(4096, 2048, Figure(1.8, ("careful",)), Figure(0.95, ("no reversal",))),
+    _fork(4096, 2048, Figure(1.8, ("careful",)), Figure(0.95, ("no reversal",)), patience=10),
     _linear(256, 2048, 1024, Figure(0.95, ("no reversal",))),
     _domain_loss(64, Figure(2)),
     _domain_loss(4096, Figure(1.8)),

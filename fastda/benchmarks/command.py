@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         default=BUDGET,
-        help=f"seconds of timing a case; 60 times as many of a training step, 40 of the cross-entropy; default {BUDGET:g}",
+        help=f"seconds of timing a case, some cases up to 60 times as many; default {BUDGET:g}",
     )
 
 
