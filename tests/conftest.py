@@ -16,6 +16,7 @@ import installed
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from remarks import remark, remarks
 from seeds import SEED, seed
 
 from fastda.kernels import cpp
@@ -53,6 +54,23 @@ def pytest_collection_finish() -> None:
     """What is imported and collected stays: the garbage collector need not look through it dozens of times."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist, in the processes that run tests
+        session.config.workeroutput["remarks"] = list(remarks)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    for sentence in getattr(node, "workeroutput", {}).get("remarks", ()):
+        remark(sentence)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for sentence in sorted(remarks):
+        terminalreporter.write_line(sentence)
 
 
 def pytest_unconfigure() -> None:

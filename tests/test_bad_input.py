@@ -100,14 +100,14 @@ SCALARS = {
 def option_rows() -> Iterator[Row]:
     for op in NAMED:
         arguments = BY_NAME[op].arguments()
-        for name in arguments.keys() & OPTIONS.keys():
+        for name in filter(OPTIONS.__contains__, arguments):
             yield Row(op, f"{name} unknown", {name: OPTIONS[name]}, ValueError, name, f"'{OPTIONS[name]}'")
             yield Row(op, f"{name} unknown, known are listed", {name: "x"}, ValueError, name, f"'{KNOWN[name]}'")
             yield Row(op, f"{name} is None", {name: None}, ValueError, name, "None")
-        for name in arguments.keys() & NUMBERS.keys():
+        for name in filter(NUMBERS.__contains__, arguments):
             for value, error in NUMBERS[name]:
                 yield Row(op, f"{name} {value!r}", {name: value}, error, name, str(value))
-        for name in arguments.keys() & SCALARS.keys():
+        for name in filter(SCALARS.__contains__, arguments):
             for value, error, got in SCALARS[name]:
                 yield Row(op, f"{name} {value!r}", {name: value}, error, name, got)
             on_meta = {name: torch.ones((), device="meta")}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from remarks import remark
 
 HERE = Path(__file__).parent
-left_out: list[pytest.Item] = []
 REASON = f"no CUDA device: torch {torch.__version__}, built for CUDA {torch.version.cuda}"
 
 
@@ -19,9 +19,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if here and not torch.cuda.is_available():
         items[:] = [item for item in items if HERE not in item.path.parents]
         config.hook.pytest_deselected(items=here)
-        left_out.extend(here)
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if left_out:
-        terminalreporter.write_line(f"tests/gpu: {len(left_out)} tests left out: {REASON}")
+        remark(f"tests/gpu: {len(here)} tests left out: {REASON}")

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 from peer_libraries import imported, used
+from remarks import remark
 
 from fastda.patching import LIBRARIES
 
@@ -24,6 +25,7 @@ def importing() -> Iterator[Callable[[str], None]]:
         yield lambda library: stack.enter_context(imported(library))
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
     for library, which in sorted(used.items()):
-        terminalreporter.write_line(f"tests/peers: {library}: {which}")
+        remark(f"tests/peers: {library}: {which}")
