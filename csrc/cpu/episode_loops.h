@@ -1,4 +1,5 @@
-// Inner loops of episodes, which have few classes; compiled once for each instruction set by for_each_isa.h.
+// Inner loops of episodes; compiled once for each instruction set by for_each_isa.h. Here those of very few classes,
+// whose gradients stay in registers; those of more are products, in episode_products_loops.h.
 #include "prototypes_loops.h"
 
 #include "episode_products_loops.h"

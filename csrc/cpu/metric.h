@@ -1,4 +1,5 @@
-// How far a query is from a prototype.
+// What the loops of the prototype ops and their callers both know: metrics, shapes of panels, and what gradients are
+// taken from.
 #pragma once
 
 #include <c10/util/Exception.h>
