@@ -31,7 +31,7 @@ std::optional<Tensor> prototypical_loss(const Tensor& support, const Tensor& sup
       !(temperature > 0) || !std::isfinite(temperature)) {
     return std::nullopt;
   }
-  using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastda::prototypical_loss", "")
                              .typed<Episode(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,

@@ -233,34 +233,99 @@ def test_an_episode_of_many_classes_and_queries(metric, classes, queries, featur
     assert_close(found[3], found[1], rtol=0, atol=0)
 
 
-def sure_answers(module, op, support, queries):
-    """The op on points in so many dimensions that most probabilities are too small to be normal numbers."""
-    labels, targets = torch.arange(60), torch.arange(96) % 60
+def of_many(op, module, support, queries, **options):
+    """An op on many queries and prototypes, each the one support sample of its class; neighbours are their targets."""
+    classes, targets = len(support), (torch.arange(len(queries)) + 1) % len(support)
     if op == "prototypical_loss":
-        return module.prototypical_loss(support, labels, queries, targets, 60)
+        return module.prototypical_loss(support, torch.arange(classes), queries, targets, classes, **options)
     if op == "prototype_cross_entropy":
-        return module.prototype_cross_entropy(queries, support, targets)
-    return module.prototype_softmax(queries, support)
+        return module.prototype_cross_entropy(queries, support, targets, **options)
+    return getattr(module, op)(queries, support, **options)
 
 
-each_sure_op = pytest.mark.parametrize("op", ["prototypical_loss", "prototype_cross_entropy", "prototype_softmax"])
+each_softmax = pytest.mark.parametrize("op", ["prototypical_loss", "prototype_cross_entropy", "prototype_softmax"])
 
 
-@each_sure_op
+@each_softmax
 def test_answers_of_which_a_softmax_is_sure(op):
-    functions = (functools.partial(sure_answers, module, op) for module in (fastda, fastda.reference))
+    functions = (functools.partial(of_many, op, module) for module in (fastda, fastda.reference))
     assert_as_accurate_as_reference(*functions, {"support": torch.randn(60, 80), "queries": torch.randn(96, 80)})
 
 
-@each_sure_op
+@each_softmax
 def test_numbers_too_small_to_be_normal_are_kept_outside_the_kernels(op):
     """That the kernels do without them is a mode of the processor, and would hold for all that a thread computes."""
     leaves = [torch.randn(count, 1280, requires_grad=True) for count in (60, 96)]
     with on_threads(2):
-        result = sure_answers(fastda, op, *leaves)
+        result = of_many(op, fastda, *leaves)
         torch.autograd.grad(result, leaves, torch.ones_like(result))
         on_both_threads, on_this_one = torch.full((1 << 20,), 1e-38) * 0.01, torch.full((3,), 1e-38) * 0.01
     assert (on_both_threads > 0).all() and (on_this_one > 0).all()
+
+
+def near_pairs(kind, classes, queries=130, features=70):
+    """Each query near one prototype, or near some: nearer than to the middle of them all, where products cancel."""
+    draw = Draw(Sizes(features=features))
+    own = torch.arange(queries) % classes
+    if kind == "anywhere":
+        return features**-0.25 * draw.samples(classes), features**-0.25 * draw.samples(queries)
+    if kind == "almost equal":
+        support = draw.samples(classes)
+        return support, support[own] + 1e-4 * draw.samples(queries)
+    clusters = 4.0 * draw.samples(6)
+    cluster = torch.arange(classes) % 6
+    return clusters[cluster] + 0.2 * draw.samples(classes), clusters[cluster[own]] + 0.2 * draw.samples(queries)
+
+
+each_kind = pytest.mark.parametrize("kind", ["almost equal", "in clusters"])
+each_op_of_many = pytest.mark.parametrize(
+    "op, options",
+    [
+        ("prototypical_loss", {"temperature": 3.0, "reduction": "none"}),
+        ("prototypical_loss", {"temperature": 3.0}),
+        ("prototype_cross_entropy", {"temperature": 3.0, "reduction": "none"}),
+        ("prototype_cross_entropy", {"temperature": 3.0, "label_smoothing": 0.1}),
+        ("prototype_log_softmax", {"temperature": 3.0}),
+        ("pairwise_distance", {}),
+    ],
+    ids=str,
+)
+
+
+@each_kind
+@each_op_of_many
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("classes", [12, 60])
+def test_gradients_of_pairs_that_are_near(kind, op, options, metric, classes):
+    support, queries = near_pairs(kind, classes)
+    options = options | {"metric": metric}
+    functions = (functools.partial(of_many, op, module, **options) for module in (fastda, fastda.reference))
+    assert_as_accurate_as_reference(*functions, {"support": support, "queries": queries})
+
+
+@pytest.mark.parametrize("kind", ["in clusters", "anywhere"])
+@pytest.mark.parametrize("op", ["prototypical_loss", "prototype_cross_entropy"])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_gradients_that_sum_over_thousands_of_queries(kind, op, metric):
+    """What all terms have in common must not add up: how a class's norm was rounded, or equal terms one by one."""
+    support, queries = near_pairs(kind, 60, 2048, 64)
+    options = {"metric": metric, "temperature": 3.0}
+    functions = (functools.partial(of_many, op, module, **options) for module in (fastda, fastda.reference))
+    assert_as_accurate_as_reference(*functions, {"support": support, "queries": queries})
+
+
+@each_kind
+@each_op_of_many
+def test_gradients_of_pairs_that_are_near_do_not_depend_on_threads(kind, op, options):
+    tensors = near_pairs(kind, 150, 520, 180)
+    found = []
+    for count in (1, 2, 3):
+        with on_threads(count):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            result = of_many(op, fastda, *leaves, **options)
+            found.append(torch.autograd.grad(result, leaves, random_like(result.detach(), 0)))
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_close(found[2], found[0], rtol=0, atol=0)
 
 
 @each_metric
@@ -533,6 +598,19 @@ def test_gradients_of_points_that_are_not_finite_are_taken_in_the_backward_pass(
     prototypes[7] = value
     loss = fastda.prototype_cross_entropy(queries, prototypes.requires_grad_(), targets.clamp(min=8))
     assert calls_backward_op(loss.backward)
+
+
+@pytest.mark.compiled_core
+def test_gradients_of_too_many_near_pairs_to_be_held_are_taken_in_the_backward_pass():
+    cluster = 9.0 * torch.randn(2, 40, dtype=torch.float64)
+    queries, prototypes = (cluster[torch.arange(n) % 2] + torch.randn(n, 40, dtype=torch.float64) for n in (600, 1000))
+    found = []
+    for module in (fastda, fastda.reference):
+        leaves = [x.clone().requires_grad_() for x in (queries, prototypes)]
+        loss = module.prototype_cross_entropy(*leaves, torch.arange(600), temperature=4.0)
+        found.append((loss, *torch.autograd.grad(loss, leaves, retain_graph=True)))
+        assert module is fastda.reference or calls_backward_op(loss.backward)
+    assert_close(*found)
 
 
 def test_accuracy_of_a_cross_entropy_of_many_classes():

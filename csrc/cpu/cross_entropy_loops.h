@@ -143,11 +143,11 @@ void weigh_row(const LossGradient<T>& of, int64_t i, int64_t first, int64_t clas
   weigh_query(of, i, first, classes, empty, row, scratch, slope, row);
 }
 
-// Weights from some queries of a tile, in another tile; adds those of each query to its total.
+// Weights from some queries of a tile, in another tile.
 template <typename T>
 void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64_t first, int64_t classes,
-                const T* tile, double* slopes, double* totals, T* weights) {
-  constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
+                const T* tile, double* slopes, T* weights) {
+  constexpr int64_t columns = Panel<T>::columns;
   T of_logits[columns];
   for (int64_t i = 0; i < queries; ++i) {
     double* slope = slopes ? slopes + query + i : nullptr;
@@ -158,7 +158,13 @@ void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64
       weigh_query<T>(of, query + i, first, classes, nullptr, distances, of_logits, slope, weights + i * columns);
     }
   }
-  if (classes != columns) return totals_of_weights(weights, columns, 1, queries, classes, totals + query);
+}
+
+// Adds the weights of some queries of a tile to their totals.
+template <typename T>
+void add_totals_of_tile(const T* weights, int64_t queries, int64_t classes, double* totals) {
+  constexpr int64_t columns = Panel<T>::columns, lanes = Panel<T>::lanes;
+  if (classes != columns) return totals_of_weights(weights, columns, 1, queries, classes, totals);
   for (int64_t i = 0; i < queries; i += lanes) {
     T parts[lanes * lanes], sums[lanes];
     for (int64_t r = 0; r < lanes; ++r) {
@@ -171,6 +177,6 @@ void weigh_tile(const LossGradient<T>& of, int64_t query, int64_t queries, int64
       }
     }
     sum_of_lanes(parts, sums);
-    for (int64_t r = 0; r < least(lanes, queries - i); ++r) totals[query + i + r] += static_cast<double>(sums[r]);
+    for (int64_t r = 0; r < least(lanes, queries - i); ++r) totals[i + r] += static_cast<double>(sums[r]);
   }
 }

@@ -5,6 +5,9 @@
 // what is left of the points without one near them all, and from differences where even that cancels. Rows hold whole
 // vectors, filled up with zeros.
 
+// Terms that are added up one by one: sums of sums round less than one long sum.
+constexpr int64_t terms_of_sum = 32, terms_of_products = 64;
+
 // Inlined, arrays of vectors stay in registers.
 #define FASTDA_INLINE inline __attribute__((always_inline))
 
@@ -16,6 +19,13 @@ struct Grid {
   typedef T Vector __attribute__((vector_size(FASTDA_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 
   static Vector load(const T* x) { return *reinterpret_cast<const Vector*>(x); }
+  // No more than `width` of its lanes; the others are 0.
+  static Vector load(const T* x, int64_t width) {
+    if (width >= lanes) return load(x);
+    Vector value = {};
+    for (int64_t c = 0; c < width; ++c) value[c] = x[c];
+    return value;
+  }
   static void store(T* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
   // Past the caches; `to` is aligned to whole vectors.
   static void stream(T* to, Vector value) {
@@ -140,48 +150,29 @@ void sum_features_of(bool product, const T* q, int64_t q_stride, int64_t queries
   }
 }
 
-// Some columns of Σ_k w_k (x − y_k) or Σ_k w_k y_k (Sum::products) for `rows` rows x, each with weights of its own. Of
-// large sums the differences are shared: (x − c) Σ_k w_k + Σ_k w_k (c − y_k), the second of which serves all rows.
-template <typename T, Sum form, int rows, int vectors>
-FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const double* totals, const T* c,
-                               const T* y, int64_t y_stride, int64_t samples,
-                               typename Grid<T>::Vector (*sum)[vectors]) {
+// Some columns of Σ_k w_k (x − y_k), or of Σ_k w_k y_k, for `rows` rows x, each with weights of its own.
+template <typename T, bool product, int rows, int vectors>
+FASTDA_INLINE void sum_samples(const T* const* x, const T* const* w, int64_t w_step, const T* y, int64_t y_stride,
+                               int64_t samples, typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
-  typename G::Vector centre[vectors], at[rows][vectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) {
-    centre[v] = form == Sum::shared_differences ? G::load(c + v * G::lanes) : typename G::Vector{};
-  }
+  typename G::Vector at[rows][vectors];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      at[r][v] = form == Sum::differences ? G::load(x[r] + v * G::lanes) : typename G::Vector{};
+      at[r][v] = product ? typename G::Vector{} : G::load(x[r] + v * G::lanes);
       sum[r][v] = typename G::Vector{};
     }
   }
   for (int64_t k = 0; k < samples; ++k, y += y_stride) {
     typename G::Vector right[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      right[v] = G::load(y + v * G::lanes);
-      if (form == Sum::shared_differences) right[v] = centre[v] - right[v];
-    }
+    for (int v = 0; v < vectors; ++v) right[v] = G::load(y + v * G::lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const T weight = w[r][k * w_step];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        sum[r][v] += weight * (form == Sum::differences ? at[r][v] - right[v] : right[v]);
-      }
-    }
-  }
-  if (form != Sum::shared_differences) return;
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      sum[r][v] += (G::load(x[r] + v * G::lanes) - centre[v]) * static_cast<T>(totals[r]);
+      for (int v = 0; v < vectors; ++v) sum[r][v] += weight * (product ? right[v] : at[r][v] - right[v]);
     }
   }
 }
@@ -211,24 +202,17 @@ void totals_of_weights(const T* w, int64_t w_row, int64_t w_step, int64_t rows, 
   }
 }
 
-constexpr int64_t most_summed_rows = 128;
-
-// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for up to most_summed_rows rows x and the columns begin to end, or added to
-// it. w of row r and sample k: w[r · w_row + k · w_step]. c is near the samples. Columns from `width` on are filling,
-// and not written.
-template <typename T, Sum form, int rows, int vectors>
-void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
-                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
-                    T* out, int64_t out_stride) {
+// out = Σ_k w_k (x − y_k) or Σ_k w_k y_k for some rows x and the columns begin to end, or added to it. w of row r and
+// sample k: w[r · w_row + k · w_step]. Columns from `width` on are filling, and not written.
+template <typename T, bool product, int rows, int vectors>
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
+                    int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put, T* out,
+                    int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t chunk = 256;  // of samples: their columns stay in the first cache
   typename G::Vector sum[rows][vectors];
   const T *x_rows[rows], *w_rows[rows];
-  double totals[most_summed_rows + rows] = {};
-  for (int64_t k = 0; k < samples || k == 0; k += chunk) {
-    const int64_t some = least(chunk, samples - k);
-    for (int64_t r = 0; r < count; ++r) totals[r] = 0;
-    if (form == Sum::shared_differences) totals_of_weights(w + k * w_step, w_row, w_step, count, some, totals);
+  for (int64_t k = 0; k < samples || k == 0; k += terms_of_sum) {
+    const int64_t some = least(terms_of_sum, samples - k);
     for (int64_t d = begin; d < end; d += vectors * G::lanes) {
       for (int64_t i = 0; i < count; i += rows) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -236,12 +220,11 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
           x_rows[r] = x + row * x_stride + d;
           w_rows[r] = w + row * w_row + k * w_step;
         }
-        sum_samples<T, form, rows, vectors>(x_rows, w_rows, w_step, totals + i, c + d, y + k * y_stride + d,
-                                               y_stride, some, sum);
+        sum_samples<T, product, rows, vectors>(x_rows, w_rows, w_step, y + k * y_stride + d, y_stride, some, sum);
         for (int64_t r = 0; r < least(rows, count - i); ++r) {
           T* to = out + (i + r) * out_stride + d;
           for (int64_t v = 0; v < vectors && d + v * G::lanes < width; ++v) {
-            if (put == Put::stream && samples <= chunk) {
+            if (put == Put::stream && samples <= terms_of_sum) {
               G::stream(to + v * G::lanes, sum[r][v]);
             } else {
               G::put(sum[r][v], put == Put::add || k > 0, to + v * G::lanes, width - d - v * G::lanes);
@@ -254,13 +237,13 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
 }
 
 // Many rows, or few with more of their columns: as much as the registers hold.
-template <typename T, Sum form>
-void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* c,
-                    const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put,
-                    T* out, int64_t out_stride) {
-  constexpr bool wide = FASTDA_VECTOR_BYTES == 64, differences = form == Sum::differences;  // these hold the rows too
+template <typename T, bool product>
+void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step, const T* y,
+                    int64_t y_stride, int64_t samples, int64_t begin, int64_t end, int64_t width, Put put, T* out,
+                    int64_t out_stride) {
+  constexpr bool wide = FASTDA_VECTOR_BYTES == 64;
   constexpr int64_t many = wide ? 10 : 5, few = 5;
-  constexpr int64_t of_many = differences ? 1 : 2, of_few = (wide ? 4 : 2) / (differences ? 2 : 1);
+  constexpr int64_t of_many = product ? 2 : 1, of_few = (wide ? 4 : 2) / (product ? 1 : 2);  // differences hold x too
   const int64_t rest = count % many, whole = rest <= few ? count - rest : count;
   const auto split = [&](int64_t vectors) {
     const int64_t at_once = vectors * Grid<T>::lanes;
@@ -268,30 +251,28 @@ void sum_samples_of(const T* x, int64_t x_stride, int64_t count, const T* w, int
   };
   if (whole > 0) {
     const int64_t middle = split(of_many);
-    sum_samples_of<T, form, many, of_many>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
-                                           width, put, out, out_stride);
-    sum_samples_of<T, form, many, 1>(x, x_stride, whole, w, w_row, w_step, c, y, y_stride, samples, middle, end, width,
-                                     put, out, out_stride);
+    sum_samples_of<T, product, many, of_many>(x, x_stride, whole, w, w_row, w_step, y, y_stride, samples, begin, middle,
+                                              width, put, out, out_stride);
+    sum_samples_of<T, product, many, 1>(x, x_stride, whole, w, w_row, w_step, y, y_stride, samples, middle, end, width,
+                                        put, out, out_stride);
   }
   if (whole == count) return;
   x += whole * x_stride;
   w += whole * w_row;
   out += whole * out_stride;
   const int64_t middle = split(of_few);
-  sum_samples_of<T, form, few, of_few>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, begin, middle,
-                                       width, put, out, out_stride);
-  sum_samples_of<T, form, few, 1>(x, x_stride, rest, w, w_row, w_step, c, y, y_stride, samples, middle, end, width, put,
-                                  out, out_stride);
+  sum_samples_of<T, product, few, of_few>(x, x_stride, rest, w, w_row, w_step, y, y_stride, samples, begin, middle,
+                                          width, put, out, out_stride);
+  sum_samples_of<T, product, few, 1>(x, x_stride, rest, w, w_row, w_step, y, y_stride, samples, middle, end, width, put,
+                                     out, out_stride);
 }
 
 template <typename T>
-void sum_samples_of(Sum form, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row, int64_t w_step,
-                    const T* c, const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end,
+void sum_samples_of(bool product, const T* x, int64_t x_stride, int64_t count, const T* w, int64_t w_row,
+                    int64_t w_step, const T* y, int64_t y_stride, int64_t samples, int64_t begin, int64_t end,
                     int64_t width, Put put, T* out, int64_t out_stride) {
-  const auto run = form == Sum::products             ? &sum_samples_of<T, Sum::products>
-                   : form == Sum::shared_differences ? &sum_samples_of<T, Sum::shared_differences>
-                                                     : &sum_samples_of<T, Sum::differences>;
-  run(x, x_stride, count, w, w_row, w_step, c, y, y_stride, samples, begin, end, width, put, out, out_stride);
+  const auto run = product ? &sum_samples_of<T, true> : &sum_samples_of<T, false>;
+  run(x, x_stride, count, w, w_row, w_step, y, y_stride, samples, begin, end, width, put, out, out_stride);
 #if FASTDA_X86
   if (put == Put::stream) asm volatile("sfence" ::: "memory");  // before another thread is told that it is done
 #endif
@@ -368,45 +349,52 @@ FASTDA_INLINE void turn(Vector* x, std::index_sequence<lane...> all) {
 }
 
 // As many rows of x as there are lanes side by side, in a panel that is `width` wide: less the centre; and their
-// squared norms. Rows are read, and packed, in whole vectors; what is packed beyond `count` rows is 0.
+// squared norms. Half of what rounding took from these goes to `rests`, where it is not null: it would be the same in
+// all distances of a row, and would add up in its gradient. Rows are read, and packed, in whole vectors; what is packed
+// beyond `count` rows is 0.
 template <typename T>
 void pack_lanes(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
-                T* norms) {
+                T* norms, T* rests) {
   using G = Grid<T>;
-  constexpr int64_t lanes = G::lanes, chunk = 16;  // terms of a norm that are summed in their own precision
+  constexpr int64_t lanes = G::lanes, terms = least(lanes, 4);  // of a norm that are summed in their own precision
   double norm[lanes] = {};
-  for (int64_t begin = 0; begin < depth; begin += chunk) {
-    typename G::Vector sum = {};
-    for (int64_t k = begin; k < least(begin + chunk, depth); k += lanes) {
-      const typename G::Vector middle = G::load(centre + k);
-      typename G::Vector x_rows[lanes];
+  for (int64_t k = 0; k < depth; k += lanes) {
+    const typename G::Vector middle = G::load(centre + k);
+    typename G::Vector x_rows[lanes];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) {
-        const T* row = x + i * stride + k;
-        x_rows[i] = i < count ? G::load(row) - middle : typename G::Vector{};
-        __builtin_prefetch(row + lanes * stride, 0, 2);  // the next rows, to the second cache
-      }
-      turn<1, lanes>(x_rows, std::make_index_sequence<lanes>{});
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) {
-        sum += x_rows[i] * x_rows[i];
-        G::store(packed + (k + i) * width, x_rows[i]);
-      }
+    for (int64_t i = 0; i < lanes; ++i) {
+      const T* row = x + i * stride + k;
+      x_rows[i] = i < count ? G::load(row) - middle : typename G::Vector{};
+      __builtin_prefetch(row + lanes * stride, 0, 2);  // the next rows, to the second cache
     }
-    T part[lanes];
-    G::store(part, sum);
+    turn<1, lanes>(x_rows, std::make_index_sequence<lanes>{});
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; i += terms) {
+      typename G::Vector sum = {};
+      T part[lanes];
+#pragma GCC unroll 4
+      for (int64_t j = i; j < i + terms; ++j) {
+        sum += x_rows[j] * x_rows[j];
+        G::store(packed + (k + j) * width, x_rows[j]);
+      }
+      G::store(part, sum);
 #pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) norm[i] += static_cast<double>(part[i]);
+      for (int64_t r = 0; r < lanes; ++r) norm[r] += static_cast<double>(part[r]);
+    }
   }
-  for (int64_t i = 0; i < lanes; ++i) norms[i] = static_cast<T>(norm[i]);
+  for (int64_t i = 0; i < lanes; ++i) {
+    norms[i] = static_cast<T>(norm[i]);
+    if (rests) rests[i] = static_cast<T>((norm[i] - static_cast<double>(norms[i])) / 2);
+  }
 }
 
 // Rows of x as a panel that is `width` wide, a whole number of lanes.
 template <typename T>
 void pack_across(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, int64_t width, T* packed,
-                 T* norms) {
+                 T* norms, T* rests) {
   for (int64_t i = 0; i < width; i += Grid<T>::lanes) {
-    pack_lanes(x + i * stride, stride, count - i, depth, centre, width, packed + i, norms + i);
+    pack_lanes(x + i * stride, stride, count - i, depth, centre, width, packed + i, norms + i,
+               rests ? rests + i : nullptr);
   }
 }
 
@@ -518,20 +506,34 @@ void distances_from_sums(T* row, int64_t classes, Metric metric) {
   }
 }
 
+// Σ_d (q_d − p_d)², of whole vectors.
 template <typename T>
 T squared_distance(const T* q, const T* p, int64_t depth) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < depth; ++d) sum += (q[d] - p[d]) * (q[d] - p[d]);
-  return sum;
+  using G = Grid<T>;
+  constexpr int64_t vectors = 4;  // sums side by side: each addition waits for the one before
+  typename G::Vector sum[vectors] = {};
+  for (int64_t d = 0; d < depth; d += vectors * G::lanes) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) {
+      if (d + v * G::lanes >= depth) break;
+      const typename G::Vector difference = G::load(q + d + v * G::lanes) - G::load(p + d + v * G::lanes);
+      sum[v] += difference * difference;
+    }
+  }
+  T parts[G::lanes], result = 0;
+  G::store(parts, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (int64_t i = 0; i < G::lanes; ++i) result += parts[i];
+  return result;
 }
 
-// Products become distances; for the Euclidean ones ‖q‖² − 2q·p + ‖p‖², taken from differences where these cancel,
-// overflow or are NaN.
+// Products become distances; for the Euclidean ones ‖q‖² − 2q·p + ‖p‖². Near pairs, where these cancel, overflow or are
+// NaN, are taken from differences; `near`, where it is not null, is set if there are any, and their distances are
+// negated.
 template <typename T>
 void distances_from_products(Metric metric, const T* products, int64_t products_stride, const T* q, int64_t q_stride,
                              const T* q_norms, int64_t queries, const T* p, int64_t p_stride, const T* p_norms,
-                             int64_t classes, int64_t depth, T* out, int64_t out_stride) {
+                             const T* p_rests, int64_t classes, int64_t depth, T* out, int64_t out_stride,
+                             bool* near) {
   constexpr T cancels = static_cast<T>(0.5), infinity = std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < queries; ++i, out += out_stride, products += products_stride) {
     const T norm = q_norms[i];
@@ -542,17 +544,76 @@ void distances_from_products(Metric metric, const T* products, int64_t products_
     } else {
 #pragma omp simd reduction(& : good)
       for (int64_t c = 0; c < classes; ++c) {
-        const T squares = norm + p_norms[c], squared = squares - 2 * products[c];
+        const T squares = norm + p_norms[c], squared = squares - 2 * (products[c] - p_rests[c]);
         out[c] = squared;
         good &= squared >= cancels * squares && squares < infinity;
       }
     }
-    for (int64_t c = 0; !good && c < classes; ++c) {
-      const T squares = norm + p_norms[c];
-      if (out[c] >= cancels * squares && squares < infinity) continue;
-      out[c] = squared_distance(q + i * q_stride, p + c * p_stride, depth);
-    }
     distances_from_sums(out, classes, metric);
+    for (int64_t c = 0; !good && c < classes; ++c) {
+      const T squares = norm + p_norms[c], squared = squares - 2 * (products[c] - p_rests[c]);
+      if (squared >= cancels * squares && squares < infinity) continue;
+      out[c] = squared_distance(q + i * q_stride, p + c * p_stride, depth);
+      if (metric == Metric::euclidean) out[c] = std::sqrt(out[c]);
+      if (!near) continue;
+      out[c] = -out[c];
+      *near = true;
+    }
+  }
+}
+
+// Whether distances of a row are negated.
+template <typename T>
+void has_near(const T* row, int64_t classes, bool* result) {
+  int any = 0;
+#pragma omp simd reduction(| : any)
+  for (int64_t c = 0; c < classes; ++c) any |= std::signbit(row[c]) ? 1 : 0;
+  *result = any != 0;
+}
+
+// add_near_pairs in so many vectors of columns; in a single one no more than `width`.
+template <typename T, int vectors>
+FASTDA_INLINE void add_near_vectors(const NearPair<T>* pair, const NearPair<T>* end, const T* x, int64_t x_stride,
+                                    const T* y, int64_t y_stride, int64_t width, T* out, int64_t out_stride) {
+  using G = Grid<T>;
+  while (pair < end) {
+    const int64_t row = pair->row;
+    typename G::Vector at[vectors], total[vectors] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) at[v] = G::load(x + row * x_stride + v * G::lanes);
+    while (pair < end && pair->row == row) {
+      typename G::Vector sum[vectors] = {};
+      for (int64_t k = 0; k < terms_of_sum && pair < end && pair->row == row; ++k, ++pair) {
+        const T* sample = y + pair->sample * y_stride;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[v] += pair->weight * (at[v] - G::load(sample + v * G::lanes));
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) total[v] += sum[v];
+    }
+    T* to = out + row * out_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      if (vectors == 1) {
+        G::put(total[v], true, to, width);
+      } else {
+        G::store(to + v * G::lanes, G::load(to + v * G::lanes) + total[v]);
+      }
+    }
+  }
+}
+
+// Adds the w (x − y) of some pairs, ordered by their rows x, in some columns.
+template <typename T>
+void add_near_pairs(const NearPair<T>* pairs, int64_t count, const T* x, int64_t x_stride, const T* y, int64_t y_stride,
+                    int64_t begin, int64_t end, T* out, int64_t out_stride) {
+  constexpr int64_t vectors = 4, lanes = Grid<T>::lanes;
+  int64_t d = begin;
+  for (; d + vectors * lanes <= end; d += vectors * lanes) {
+    add_near_vectors<T, vectors>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, end - d, out + d, out_stride);
+  }
+  for (; d < end; d += lanes) {
+    add_near_vectors<T, 1>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, end - d, out + d, out_stride);
   }
 }
 
@@ -631,17 +692,33 @@ FASTDA_INLINE void weigh_vectors_by_tiles(bool product, const T* tiles, int64_t 
                                           const T* panel, int64_t samples, const T* x, int64_t x_stride,
                                           const double* totals, const T* centre, int64_t width, bool add, T* out,
                                           int64_t out_stride) {
-  constexpr int64_t rows = Panel<T>::rows;
+  constexpr int64_t rows = Panel<T>::rows, columns = vectors * Grid<T>::lanes;
   typename Grid<T>::Vector sum[rows][vectors];
+  alignas(64) T sums[rows * columns];  // of the terms before
   for (int64_t i = 0; i < count; i += rows, out += rows * out_stride, x += rows * x_stride) {
     const int64_t some = least(rows, count - i);
     if (add) prefetch_rows<T, vectors>(out, out_stride, some);
     if (totals) prefetch_rows<T, vectors>(x, x_stride, some);
     clear<T, vectors>(sum);
     const T* tile = tiles + i * row;
+    int64_t terms = 0, done = 0;  // in this sum, and before
     for (int64_t k = 0; k < samples; k += of_tile, tile += between) {
-      add_products<T, vectors, rows, true>(tile, step, row, panel + k * vectors * Grid<T>::lanes,
-                                           least(of_tile, samples - k), sum);
+      const int64_t end = least(k + of_tile, samples);
+      for (int64_t j = k, more; j < end; j += more, terms += more) {
+        more = least(terms_of_products, end - j);
+        if (terms + more > terms_of_products) {
+          put_rows<T, vectors>(sum, rows, columns, done > 0, sums, columns);
+          clear<T, vectors>(sum);
+          done += terms;
+          terms = 0;
+        }
+        add_products<T, vectors, rows, true>(tile + (j - k) * step, step, row, panel + j * columns, more, sum);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows && done > 0; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[r][v] += Grid<T>::load(sums + r * columns + v * Grid<T>::lanes);
     }
     if (!product) complete_sums<T, vectors>(x, x_stride, some, totals ? totals + i : nullptr, centre, sum);
     put_rows<T, vectors>(sum, some, width, add, out, out_stride);

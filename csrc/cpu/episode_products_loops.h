@@ -108,7 +108,7 @@ FASTDA_INLINE void centre_columns_of(const T* x, int64_t stride, int64_t rows, c
 }
 
 // Completes Σ_c w_c (q − p_c) = (q − m) Σ_c w_c − Σ_c w_c (p_c − m), of which the last sum is there, for a few rows q
-// and m near the classes; the sum alone stays, as it is, where it is a product. Keeps q less what is near the queries.
+// and the centre m; the sum alone stays, as it is, where it is a product. Keeps q − m.
 template <typename T, int vectors, int rows>
 FASTDA_INLINE void complete_rows(const EpisodeWeights<T>& of, int64_t first, int64_t count, T* centred,
                                  typename Grid<T>::Vector (*sum)[vectors]) {
@@ -119,9 +119,9 @@ FASTDA_INLINE void complete_rows(const EpisodeWeights<T>& of, int64_t first, int
     const T total = static_cast<T>(of.of_queries[i]), *q = of.q + i * of.q_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const typename G::Vector value = G::load(q + v * G::lanes);
-      G::store(centred + (r * vectors + v) * G::lanes, value - G::load(of.near_queries + v * G::lanes));
-      if (!of.product) sum[r][v] = (value - G::load(of.near_classes + v * G::lanes)) * total - sum[r][v];
+      const typename G::Vector value = G::load(q + v * G::lanes) - G::load(of.centre + v * G::lanes);
+      G::store(centred + (r * vectors + v) * G::lanes, value);
+      if (!of.product) sum[r][v] = value * total - sum[r][v];
     }
   }
 }
@@ -165,7 +165,7 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
   constexpr int64_t whole = 24, most = P::depth / whole * whole;  // of any number of rows: sums are cut alike
   T *centred_q = scratch, *centred_p = centred_q + P::depth * columns, *sums = centred_p + of.classes * columns;
   typename G::Vector sum[rows][vectors];
-  centre_columns_of<T, vectors>(of.p, of.p_stride, of.classes, of.near_classes, centred_p);
+  centre_columns_of<T, vectors>(of.p, of.p_stride, of.classes, of.centre, centred_p);
   const int64_t parts = (of.queries + most - 1) / most;
   const int64_t at_once = ((of.queries + parts - 1) / parts + whole - 1) / whole * whole;
   for (int64_t first = 0; first < of.queries; first += at_once) {
@@ -180,10 +180,10 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
       put_rows<T, vectors, rows>(sum, rows, columns, first > 0, sums + c * columns, columns);
     }
   }
-  for (int64_t c = 0; c < of.classes; ++c, sums += columns, grad_p += stride) {
-    const T total = static_cast<T>(of.of_classes[c]), *p = of.p + c * of.p_stride;
+  for (int64_t c = 0; c < of.classes; ++c, centred_p += columns, sums += columns, grad_p += stride) {
+    const T total = static_cast<T>(of.of_classes[c]);
     for (int64_t d = 0; !of.product && d < columns; d += G::lanes) {
-      G::store(sums + d, (G::load(p + d) - G::load(of.near_queries + d)) * total - G::load(sums + d));
+      G::store(sums + d, G::load(centred_p + d) * total - G::load(sums + d));
     }
     for (int64_t d = 0; d < width; ++d) grad_p[d] = sums[d];
   }

@@ -53,8 +53,9 @@ class HeldDistances {
   const T* row(int64_t panel, int64_t query) const { return tile(panel) + (query - queries_.begin) * columns_; }
   T distance(int64_t query, int64_t c) const { return row(c / columns_, query)[c % columns_]; }
 
-  // Finds them; prototypes(classes) gives points, and found(panel, queries) is told what has just been found. A query's
-  // products are rounded the same however the queries are split.
+  // Finds them; prototypes(classes) gives points, and found(panel, queries, near) is told what has just been found, and
+  // whether there are near pairs, whose distances are negated. A query's products are rounded the same however the
+  // queries are split.
   template <typename Prototypes, typename Found>
   void find(const Points<T>& q, Metric metric, const std::vector<T>& centre, const Prototypes& prototypes,
             const Found& found) const {
@@ -63,7 +64,7 @@ class HeldDistances {
         packed.find_tiles(
             prototypes({classes(first).begin, classes(std::min(first + panels_at_once, last) - 1).end}),
             [&](int64_t i) { return tile(first + i) + (some.begin - queries_.begin) * columns_; },
-            [&](int64_t i, Range few) { found(first + i, few); });
+            [&](int64_t i, Range few, bool near) { found(first + i, few, near); });
       }
     };
     const int64_t lanes = panel_shape_of(T()).rows, query_blocks = blocks(queries_.size(), lanes);

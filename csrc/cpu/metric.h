@@ -9,13 +9,18 @@ namespace fastda {
 
 enum class Metric { sqeuclidean, euclidean, cosine };
 
-// What a gradient adds up: w (x − y), each difference on its own or in two parts, or w y.
-enum class Sum { differences, shared_differences, products };
-
 // What is packed for products: blocks of rows that are `rows` wide and panels of columns that are `columns` wide, of
 // which `depth` stays in the first cache.
 struct PanelShape {
   int64_t rows, columns, depth;
+};
+
+// A row x and a sample y that are near each other, beside how far they are from the centre of products, which would
+// cancel; and what x − y is multiplied by in the gradient of x.
+template <typename T>
+struct NearPair {
+  int64_t row, sample;
+  T weight;
 };
 
 constexpr int64_t class_panel_rows = 12;  // the most that are multiplied at once with a panel of an episode's classes
@@ -35,12 +40,12 @@ struct LossGradient {
   Metric metric;
 };
 
-// What the gradients of an episode are taken from: points and one near the queries and one near the classes, weights
-// w(q, c) at w[q · w_stride + c], and the weights' sums over the classes and over the queries. Weights are read up to
+// What the gradients of an episode are taken from: points and one in their middle, weights w(q, c) at
+// w[q · w_stride + c], and the weights' sums over the classes and over the queries. Weights are read up to
 // class_panel_rows rows and columns further.
 template <typename T>
 struct EpisodeWeights {
-  const T *q, *p, *w, *near_queries, *near_classes;
+  const T *q, *p, *w, *centre;
   const double *of_queries, *of_classes;
   int64_t queries, classes, q_stride, p_stride, w_stride;
   bool product;

@@ -120,8 +120,8 @@ void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const S
         T* row = weights.data() + (i - some.begin) * to.count();
         FASTDA_RUN(weights_from_distances(row, to.empty(), to.count(), n.metric, grad));
       }
-      gradients_from_weights(from, some, to, weights.data(), to.count(), n.metric, put_or_add(first > 0),
-                             grad_queries, put_or_add(some.begin > 0), of_block);
+      gradients_from_weights(from, some, to, weights.data(), to.count(), NearPairs<T>(), n.metric,
+                             put_or_add(first > 0), grad_queries, put_or_add(some.begin > 0), of_block);
     });
     if (of_block) finish_prototypes(to, of_block);
   });

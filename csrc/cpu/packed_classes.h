@@ -23,29 +23,35 @@ class PackedClasses {
         lanes_(panel_shape_of(T()).rows),
         columns_(class_panel_shape_of(T()).columns),
         packed_(whole_lanes(p.count()) * p.depth()),
-        norms_(whole_lanes(p.count())) {
+        norms_(whole_lanes(p.count())),
+        rests_(whole_lanes(p.count())) {
     const int64_t work = lanes_ * p.depth() * 16;
     at::parallel_for(0, blocks(p.count(), lanes_), thread_grain(work), [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * lanes_; first < end * lanes_; first += lanes_) {
         const int64_t panel = first / columns_ * columns_, width = whole_lanes(std::min(columns_, p.count() - panel));
         FASTDA_RUN(pack_lanes(p.row(first), p.stride(), std::min(lanes_, p.count() - first), p.depth(), centre.data(),
-                              width, packed_.data() + panel * p.depth() + first - panel, norms_.data() + first));
+                              width, packed_.data() + panel * p.depth() + first - panel, norms_.data() + first,
+                              rests_.data() + first));
       }
     });
   }
 
-  // out[(q − queries.begin) · stride + c]: the distance from query q to class c.
-  void find_distances(const Points<T>& q, Range queries, T* out, int64_t stride) const {
-    constexpr int64_t near = 240;  // queries, whose products stay in the second cache; a multiple of rows_beside
-    const Scratch<T> products(std::min(near, queries.size()) * columns_);
-    for (int64_t begin = queries.begin; begin < queries.end; begin += near) {
-      const Range some{begin, std::min(begin + near, queries.end)};
-      find_distances(q, some, products.data(), out + (begin - queries.begin) * stride, stride);
+  // out[(q − queries.begin) · stride + c]: the distance from query q to class c. Whether there are near pairs, whose
+  // distances are negated then, where that is asked for.
+  bool find_distances(const Points<T>& q, Range queries, T* out, int64_t stride, bool ask_near) const {
+    constexpr int64_t at_once = 240;  // queries, whose products stay in the second cache; a multiple of rows_beside
+    const Scratch<T> products(std::min(at_once, queries.size()) * columns_);
+    bool near = false;
+    for (int64_t begin = queries.begin; begin < queries.end; begin += at_once) {
+      const Range some{begin, std::min(begin + at_once, queries.end)};
+      find_distances(q, some, products.data(), out + (begin - queries.begin) * stride, stride,
+                     ask_near ? &near : nullptr);
     }
+    return near;
   }
 
  private:
-  void find_distances(const Points<T>& q, Range some, T* products, T* out, int64_t stride) const {
+  void find_distances(const Points<T>& q, Range some, T* products, T* out, int64_t stride, bool* near) const {
     const int64_t count = some.size(), depth = p_.depth();
     std::vector<double> squares(count, 0);
     std::vector<T> norms(count);
@@ -57,7 +63,7 @@ class PackedClasses {
       if (first == 0) std::copy(squares.begin(), squares.end(), norms.begin());
       FASTDA_RUN(distances_from_products(metric_, products, columns_, q.row(some.begin), q.stride(),
                                          norms.data(), count, p_.row(first), p_.stride(), norms_.data() + first,
-                                         classes, depth, out + first, stride));
+                                         rests_.data() + first, classes, depth, out + first, stride, near));
     }
   }
 
@@ -67,7 +73,7 @@ class PackedClasses {
   const Metric metric_;
   const std::vector<T>& centre_;
   const int64_t lanes_, columns_;
-  const Scratch<T> packed_, norms_;
+  const Scratch<T> packed_, norms_, rests_;
 };
 
 }  // namespace

@@ -65,13 +65,17 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
       const int64_t at_once = queries_at_once(n, n.classes), stride = row_stride<T>(n.classes);
       const Scratch<T> weights(at_once * stride);
       for_ranges(n.queries, at_once, [&](Range block) {
-        if (n.metric == Metric::euclidean) find_distances(from, block, to, n.metric, weights.data(), stride);
+        NearPairs<T> near;
+        if (n.metric == Metric::euclidean || worth_summing_products(block.size(), n.classes, n.features)) {
+          near = find_distances_and_near(from, block, to, n.metric, weights.data(), stride);
+        }
         for_queries<T>(block, 0, [&](int64_t i, T*) {
           const FlushToZero flush;
           T* row = weights.data() + (i - block.begin) * stride;
           FASTDA_RUN(weights_from_distances(row, to.empty(), n.classes, n.metric, incoming + i * n.classes));
         });
-        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, Put::store, grad_queries,
+        near.take(weights.data(), stride);
+        gradients_from_weights(from, block, to, weights.data(), stride, near, n.metric, Put::store, grad_queries,
                                put_or_add(block.begin > 0), grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
@@ -146,7 +150,7 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
       const Scratch<T> weights(at_once * stride);
       std::vector<double> slopes(need_temperature ? n.queries : 0);
       for_ranges(n.queries, at_once, [&](Range block) {
-        find_distances(from, block, to, n.metric, weights.data(), stride);
+        NearPairs<T> near = find_distances_and_near(from, block, to, n.metric, weights.data(), stride);
         for_queries<T>(block, n.classes, [&](int64_t i, T* l) {
           const FlushToZero flush;
           const int64_t at = b * n.queries + i;
@@ -160,7 +164,8 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
           double* slope = need_temperature ? &slopes[i] : nullptr;
           FASTDA_RUN(weights_from_logits(row, to.empty(), n.classes, n.metric, temperature, nearest, l, slope));
         });
-        gradients_from_weights(from, block, to, weights.data(), stride, n.metric, Put::store, grad_queries,
+        near.take(weights.data(), stride);
+        gradients_from_weights(from, block, to, weights.data(), stride, near, n.metric, Put::store, grad_queries,
                                put_or_add(block.begin > 0), grad_prototypes);
       });
       if (need_queries) from.through_directions(0, n.queries, grad_queries);

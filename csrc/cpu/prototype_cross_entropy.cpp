@@ -5,6 +5,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -273,9 +274,10 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
         const auto to = Points<T>::prototypes(p, b, classes.begin, classes.end, n.metric);
         T* of_block = need_prototypes ? grad_prototypes + classes.begin * n.features : nullptr;
         for_ranges(n.queries, most_queries, [&](Range some) {
-          find_distances(from, some, to, n.metric, weights.data(), stride);
+          NearPairs<T> near = find_distances_and_near(from, some, to, n.metric, weights.data(), stride);
           weigh(gradient, some, classes, to.empty(), weights.data(), stride, slopes);
-          gradients_from_weights(from, some, to, weights.data(), stride, n.metric, put_or_add(classes.begin > 0),
+          near.take(weights.data(), stride);
+          gradients_from_weights(from, some, to, weights.data(), stride, near, n.metric, put_or_add(classes.begin > 0),
                                  grad_queries, put_or_add(some.begin > 0), of_block);
         });
         if (need_prototypes) finish_prototypes(to, of_block);
@@ -314,27 +316,26 @@ class LossAndGradients {
         of_losses_(state.of_losses(&one, 0)),
         grad_queries_(grad_queries),
         grad_prototypes_(grad_prototypes),
-        near_queries_(centre_for(from_, {0, n.queries}, n.metric)),
-        near_classes_(centre_of_first_classes()),
+        centre_(centre_for(from_, {0, n.queries}, n.metric)),
         of_queries_(n.queries),
         of_classes_(n.classes),
         slopes_(need_slopes ? n.queries : 0) {}
 
   // Holds the distances of so many queries at once, of all where the gradient of the prototypes is to hold them. Of
-  // finite points only; false where there are others.
+  // finite points and not too many near pairs; false where there are others.
   bool run(int64_t at_once, bool in_gradient) {
     if (!from_.is_finite()) return false;
     const Scratch<T> memory(in_gradient ? 0 : at_once * n_.classes);
-    bool finite = true;
+    bool served = true;
     state_.begin();
     for_ranges(n_.queries, at_once, [&](Range some) {
       T* distances = in_gradient ? grad_prototypes_ : memory.data();
       const HeldDistances<T> held(some, n_.classes, distances, in_gradient ? n_.features : at_once);
-      finite = finite && find_losses(held);
-      if (finite) take_gradients(held);
+      served = served && find_losses(held);
+      if (served) take_gradients(held);
     });
-    if (finite && grad_queries_) from_.through_directions(0, n_.queries, grad_queries_);
-    return finite;
+    if (served && grad_queries_) from_.through_directions(0, n_.queries, grad_queries_);
+    return served;
   }
 
   T of_temperature() const { return static_cast<T>(sum_of(slopes_)); }
@@ -343,6 +344,7 @@ class LossAndGradients {
   static constexpr T one = 1;
   static constexpr int64_t classes_at_once = 480;  // whole panels of any width
   static constexpr int64_t rows_at_once = 8;       // of a sum
+  static constexpr int64_t most_near = 1 << 17;    // pairs, which take 24 bytes each, three times over
 
   // What the gradients of a block of queries and a block of classes are taken from.
   struct Terms {
@@ -357,31 +359,49 @@ class LossAndGradients {
 
   Points<T> prototypes(Range classes) const { return Points<T>::present_prototypes(p_, b_, classes, n_.metric); }
 
-  std::vector<T> centre_of_first_classes() const {
-    const Range first{0, std::min<int64_t>(n_.classes, 16)};
-    return centre_for(prototypes(first), first, n_.metric);
-  }
-
   bool find_losses(const HeldDistances<T>& held) {
     const int64_t queries = held.queries().size();
     const Scratch<T> largest(held.panels() * queries), sums(held.panels() * queries);
-    std::atomic<bool> finite{true};
+    std::atomic<bool> served{true};
+    near_.clear();
     held.find(
-        from_, n_.metric, near_queries_, [&](Range classes) { return prototypes(classes); },
-        [&](int64_t panel, Range some) {
+        from_, n_.metric, centre_, [&](Range classes) { return prototypes(classes); },
+        [&](int64_t panel, Range some, bool near) {
+          if (near && !keep_near(held, panel, some)) served = false;
           const FlushToZero flush;
           const T* tile = held.row(panel, some.begin);
           const int64_t classes = held.classes(panel).size(), at = panel * queries + some.begin - held.queries().begin;
           bool part = true;
           FASTDA_RUN(all_finite(tile, classes, &part));  // no query is at a finite distance from what is not
-          if (!part) finite = false;
+          if (!part) served = false;
           FASTDA_RUN(softmax_of_tile(tile, some.size(), classes, state_.temperature(), largest.data() + at,
                                      sums.data() + at));
         });
-    if (!finite) return false;
+    if (!served) return false;
     state_.join(held, largest.data(), sums.data());
     state_.finish(held.queries(), n_.classes);
+    near_ = turned(std::move(near_));
     return true;
+  }
+
+  // The near pairs of some queries and a panel, which were found on any thread; false where they take too much room.
+  bool keep_near(const HeldDistances<T>& held, int64_t panel, Range some) {
+    const Range classes = held.classes(panel);
+    NearPairs<T> near;
+    near.find(held.tile(panel) + (some.begin - held.queries().begin) * held.columns(), held.columns(), some.size(),
+              classes.size(), some.begin, classes.begin);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (static_cast<int64_t>(near_.size() + near.by_query().size()) > most_near) return false;
+    near_.insert(near_.end(), near.by_query().begin(), near.by_query().end());
+    return true;
+  }
+
+  // Those of a block of classes, by query; classes are counted from its first one.
+  std::vector<NearPair<T>> near_of(Range classes) const {
+    const Range its = those_of(near_, classes);
+    std::vector<NearPair<T>> pairs(near_.begin() + its.begin, near_.begin() + its.end);
+    for (NearPair<T>& pair : pairs) pair.row -= classes.begin;
+    return turned(std::move(pairs));
   }
 
   void take_gradients(const HeldDistances<T>& held) {
@@ -390,8 +410,8 @@ class LossAndGradients {
     const int64_t some_classes = blocks(std::min(n_.classes, classes_at_once), held.columns()) * held.columns();
     const Terms terms{held,
                       state_.gradient(of_losses_, n_.classes),
-                      {grad_prototypes_ ? all.size() * depth : 0, near_queries_},
-                      {grad_queries_ ? some_classes * depth : 0, near_classes_},
+                      {grad_prototypes_ ? all.size() * depth : 0, centre_},
+                      {grad_queries_ ? some_classes * depth : 0, centre_},
                       Scratch<T>((all.size() + rows_at_once) * some_classes),  // the last rows are read eight at once
                       size};
     if (grad_prototypes_) {
@@ -401,28 +421,46 @@ class LossAndGradients {
     }
     for_ranges(n_.classes, classes_at_once, [&](Range classes) {
       const Points<T> to = prototypes(classes);
+      std::vector<NearPair<T>> near = near_of(classes);
       for_shares(all.size() * classes.size() * 32, [&](Share share) {
         const FlushToZero flush;
-        weigh(terms, classes, share);
+        weigh(terms, classes, near, share);
         if (grad_queries_) terms.classes.pack(to, {0, classes.size()}, share.of({0, classes.size()}, rows_at_once));
       });
+      const std::vector<NearPair<T>> near_by_class = turned(near);
       for_shares(all.size() * classes.size() * n_.features * 2, [&](Share share) {
         const FlushToZero flush;
-        if (grad_queries_) sum_over_classes(terms, classes, share);
-        if (grad_prototypes_) sum_over_queries(terms, classes, to, share);
+        if (grad_queries_) {
+          sum_over_classes(terms, classes, share);
+          add_near(near, those_of(near, share.of(all, rows_at_once)), from_, 0, to, 0, {0, n_.features}, grad_queries_);
+        }
+        if (grad_prototypes_) sum_over_queries(terms, classes, to, near_by_class, share);
       });
     });
   }
 
-  void weigh(const Terms& terms, Range classes, Share share) {
+  // Distances of some queries become weights, and these add up; those of near pairs are put aside.
+  void weigh(const Terms& terms, Range classes, std::vector<NearPair<T>>& near, Share share) {
     const Range all = terms.held.queries(), some = share.of(all, rows_at_once);
-    const int64_t first = classes.begin / terms.held.columns();
-    for (int64_t panel = first; panel < blocks(classes.end, terms.held.columns()); ++panel) {
+    const int64_t columns = terms.held.columns(), first = classes.begin / columns;
+    const Range panels{first, blocks(classes.end, columns)};
+    const auto weights = [&](int64_t panel, int64_t query) {
+      return terms.weights(panel - first) + (query - all.begin) * columns;
+    };
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const Range its = terms.held.classes(panel);
       FASTDA_RUN(weigh_tile(terms.gradient, some.begin, some.size(), its.begin, its.size(),
                             terms.held.row(panel, some.begin), slopes_.empty() ? nullptr : slopes_.data(),
-                            of_queries_.data(),
-                            terms.weights(panel - first) + (some.begin - all.begin) * terms.held.columns()));
+                            weights(panel, some.begin)));
+    }
+    const Range its_near = those_of(near, some);
+    for (int64_t i = its_near.begin; i < its_near.end; ++i) {
+      T* row = weights(first + near[i].sample / columns, near[i].row);
+      near[i].weight = std::exchange(row[near[i].sample % columns], T(0));
+    }
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      FASTDA_RUN(add_totals_of_tile(weights(panel, some.begin), some.size(), terms.held.classes(panel).size(),
+                                    of_queries_.data() + some.begin));
     }
   }
 
@@ -435,19 +473,22 @@ class LossAndGradients {
       FASTDA_RUN(sum_over_classes(n_.metric == Metric::cosine,
                                   terms.weights(0) + (some.begin - all.begin) * columns, terms.size, some.size(),
                                   terms.classes.panel(d, n_.features, classes.size(), 0), classes.size(),
-                                  from_.row(some.begin) + d, from_.stride(), totals, near_classes_.data() + d,
+                                  from_.row(some.begin) + d, from_.stride(), totals, centre_.data() + d,
                                   std::min(columns, n_.features - d), classes.begin > 0,
                                   grad_queries_ + some.begin * n_.features + d, n_.features));
     }
   }
 
   // Some classes' part. Each begins in one tile, and may end in another.
-  void sum_over_queries(const Terms& terms, Range classes, const Points<T>& to, Share share) {
+  void sum_over_queries(const Terms& terms, Range classes, const Points<T>& to, const std::vector<NearPair<T>>& near,
+                        Share share) {
     const Range some = share.of({0, classes.size()}, rows_at_once);
     const int64_t columns = terms.held.columns();
     for (int64_t c = some.begin; c < some.end; c = (c / columns + 1) * columns) {
       sum_over_queries(terms, classes, to, c, std::min(some.end, (c / columns + 1) * columns) - c);
     }
+    add_near(near, those_of(near, some), to, 0, from_, 0, {0, n_.features},
+             grad_prototypes_ + classes.begin * n_.features);
     if (terms.held.queries().end == n_.queries) {
       to.through_directions(some.begin, some.end, grad_prototypes_ + (classes.begin + some.begin) * n_.features);
     }
@@ -466,7 +507,7 @@ class LossAndGradients {
       for (int64_t d = 0; d < n_.features; d += columns) {
         FASTDA_RUN(sum_over_queries(n_.metric == Metric::cosine, weights + some.begin * columns, count,
                                     terms.queries.panel(d, n_.features, all.size(), some.begin), some.size(),
-                                    to.row(c) + d, to.stride(), last ? totals : nullptr, near_queries_.data() + d,
+                                    to.row(c) + d, to.stride(), last ? totals : nullptr, centre_.data() + d,
                                     std::min(columns, n_.features - d), all.begin + some.begin > 0,
                                     grad_prototypes_ + (classes.begin + c) * n_.features + d, n_.features));
       }
@@ -480,8 +521,10 @@ class LossAndGradients {
   QueryLosses<T>& state_;
   const std::vector<T> of_losses_;
   T *grad_queries_, *grad_prototypes_;
-  const std::vector<T> near_queries_, near_classes_;
+  const std::vector<T> centre_;
   std::vector<double> of_queries_, of_classes_, slopes_;
+  std::mutex mutex_;
+  std::vector<NearPair<T>> near_;  // of the queries whose distances are held, by prototype
 };
 
 // The cross-entropy and its gradients in one pass.
@@ -503,20 +546,20 @@ std::optional<WithGradients> prototype_cross_entropy_with_gradients(const c10::I
   const Tensor of_temperature = empty_gradient(needs[2], temperature.sizes(), temperature, dtype);
   const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
                p = matrices(prototypes, n.batch);
-  std::atomic<bool> finite{true};
+  std::atomic<bool> served{true};
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
-      if (!finite) return;
+      if (!served) return;
       auto state = result.of<T>(b, n, options, t.const_data_ptr<T>()[b]);
       LossAndGradients<T> pass(n, q, p, b, state, gradients.of_queries<T>(n, needs[0], b),
                                gradients.of_prototypes<T>(n, needs[1], b), needs[2]);
-      if (!pass.run(held, in_gradient)) finite = false;
+      if (!pass.run(held, in_gradient)) served = false;
       if (needs[2]) data<T>(of_temperature)[b] = pass.of_temperature();
       result.finish(b, state, n.classes, true);
     });
   });
-  if (!finite) return std::nullopt;
+  if (!served) return std::nullopt;
   return WithGradients{{result.loss, result.largest, result.log_sum, result.present, result.kept},
                        {gradients.queries, gradients.prototypes, of_temperature}};
 }

@@ -159,7 +159,7 @@ Episodes episodes_of(const Tensor& support, const Tensor& queries, const Tensor&
           reduction == "mean"};
 }
 
-using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
                           const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
@@ -174,6 +174,7 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
   const Tensor losses = at::empty(batched(queries, 2, {n.queries}), options);
   const Tensor loss = n.reduces ? at::empty(batched(queries, 2, {}), options) : losses;
   const Tensor slopes = at::empty(batched(queries, 2, {n.queries}), options);
+  const Tensor near = at::empty(weights.sizes(), options.dtype(at::kBool));
   const Tensor x = rows_of(support, n.batch), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
   const Tensor t = temperature.to(options.dtype()).reshape({n.batch}).contiguous();
   const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
@@ -189,16 +190,22 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
                  data<int64_t>(counts) + b * n.classes);
       const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
       T *weight = data<T>(weights) + b * n.queries * n.classes, *each = data<T>(losses) + b * n.queries;
+      bool* near_pairs = data<bool>(near) + b * n.queries * n.classes;
       const bool products = worth_products(n.queries, n.classes, n.features);
+      const bool ask_near = worth_summing_products(n.queries, n.classes, n.features);
       const auto centre = products ? centre_for(from, {0, n.queries}, n.metric) : std::vector<T>();
       std::optional<PackedClasses<T>> packed;
       if (products) packed.emplace(to, n.metric, centre);
       for_lanes<T>(n.queries, n.classes, n.features, [&](Range some, T* scratch) {
         T* distances = weight + some.begin * n.classes;
-        if (products) {
-          packed->find_distances(from, some, distances, n.classes);
-        } else {
+        bool* mark = near_pairs + some.begin * n.classes;
+        std::fill(mark, mark + some.size() * n.classes, false);
+        if (!products) {
           find_distances_one_by_one(from, some, to, n.metric, distances, n.classes);
+        } else if (packed->find_distances(from, some, distances, n.classes, ask_near)) {
+          NearPairs<T> found;
+          found.find(distances, n.classes, some.size(), n.classes);
+          for (const NearPair<T>& pair : found.by_query()) mark[pair.row * n.classes + pair.sample] = true;
         }
         const FlushToZero flush;
         FASTDA_RUN(losses_of_queries(distances, to.empty(), some.size(), n.classes, n.metric,
@@ -211,7 +218,7 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
       data<T>(loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
     });
   });
-  return {loss, prototypes, counts, weights, slopes};
+  return {loss, prototypes, counts, weights, slopes, near};
 }
 
 constexpr int64_t most_groups = 2;  // of classes: beyond, the queries' gradients are better summed in registers
@@ -238,15 +245,15 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
 // for both. False where differences have to be taken one by one: of few, or of what is not finite (where queries are
 // not, their weights are not either).
 template <typename T>
-bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride, Metric metric,
-                          T* grad_queries, T* grad_prototypes) {
-  if (std::min({q.count(), p.count(), q.features()}) < worth_packing || !p.is_finite()) return false;
+bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride,
+                          const NearPairs<T>& near, Metric metric, T* grad_queries, T* grad_prototypes) {
+  if (!worth_summing_products(q.count(), p.count(), q.features()) || !p.is_finite()) return false;
   std::vector<double> of_queries(q.count(), 0), of_classes(p.count(), 0);
   FASTDA_RUN(totals_of_weights(weights, stride, 1, q.count(), p.count(), of_queries.data()));
   FASTDA_RUN(totals_of_weights(weights, 1, stride, p.count(), q.count(), of_classes.data()));
   const auto is_finite = [](double total) { return std::isfinite(total); };
   if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
-  const auto near_queries = centre_for(q, {0, q.count()}, metric), near_classes = centre_for(p, {0, p.count()}, metric);
+  const auto centre = centre_for(q, {0, q.count()}, metric);
   const PanelShape shape = class_panel_shape_of(T());
   const int64_t lanes = panel_shape_of(T()).rows, threads = at::get_num_threads();
   const int64_t width = std::min(shape.columns, blocks(q.features(), threads * lanes) * lanes);
@@ -256,11 +263,12 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
     const Scratch<T> scratch((shape.depth + 2 * p.count() + shape.rows) * width);
     for (int64_t d = begin * width; d < std::min(end * width, q.features()); d += width) {
       const EpisodeWeights<T> of{
-          q.row(0) + d,      p.row(0) + d,      weights,   near_queries.data() + d, near_classes.data() + d,
-          of_queries.data(), of_classes.data(), q.count(), p.count(),               q.stride(),
-          p.stride(),        stride,            metric == Metric::cosine};
-      FASTDA_RUN(gradients_of_panel(of, std::min(width, q.features() - d), grad_queries + d,
-                                    grad_prototypes + d, q.features(), scratch.data()));
+          q.row(0) + d, p.row(0) + d, weights,   centre.data() + d, of_queries.data(), of_classes.data(), q.count(),
+          p.count(),    q.stride(),   p.stride(), stride,           metric == Metric::cosine};
+      const Range columns{d, std::min(d + width, q.features())};
+      FASTDA_RUN(gradients_of_panel(of, columns.size(), grad_queries + d, grad_prototypes + d, q.features(),
+                                    scratch.data()));
+      near.add(q, {0, q.count()}, p, columns, grad_queries, grad_prototypes);
     }
   });
   return true;
@@ -269,7 +277,7 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
     const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts,
-    const Tensor& weights, const Tensor& slopes, int64_t num_classes, c10::string_view metric,
+    const Tensor& weights, const Tensor& slopes, const Tensor& near, int64_t num_classes, c10::string_view metric,
     c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
   const KernelGuard guard;
   const Episodes n =
@@ -280,6 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
   check_count("counts", counts, n.batch * n.classes);
   check_count("weights", weights, n.batch * distances);
   check_count("slopes", slopes, n.batch * n.queries);
+  check_count("near", near, n.batch * distances);
   const auto dtype = accumulate_type(queries.scalar_type());
   const Tensor of_support = empty_gradient(need_support, support.sizes(), support, dtype);
   const Tensor of_queries = empty_gradient(need_queries, queries.sizes(), queries, dtype);
@@ -287,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
   const Tensor grad = grad_loss.to(dtype).contiguous(), q = matrices(queries, n.batch),
                p = matrices(prototypes, n.batch);
   const Tensor w = weights.to(dtype).contiguous(), slope = slopes.to(dtype).contiguous(), count = counts.contiguous();
-  const Tensor label = support_labels.contiguous();
+  const Tensor label = support_labels.contiguous(), marks = near.contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     const T share = static_cast<T>(n.share()), *incoming = grad.const_data_ptr<T>();
@@ -311,6 +320,11 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
                               incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
                               scaled.data(), stride));
       }
+      NearPairs<T> pairs;
+      if (worth_summing_products(n.queries, n.classes, n.features)) {
+        pairs.find_marked(marks.const_data_ptr<bool>() + b * distances, n.queries, n.classes);
+        pairs.take(scaled.data(), stride);
+      }
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
       const bool one_pass = need_queries && need_support && n.classes <= most_groups * classes_of_group;
       const bool once = need_queries && n.metric != Metric::cosine && (!one_pass || n.classes <= classes_of_group);
@@ -319,9 +333,9 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       if (one_pass) {
         gradients_in_one_pass(from, to, scaled.data(), stride, n.metric, put, grad_queries, prototype);
       } else if (!need_queries || !need_support ||
-                 !gradients_by_columns(from, to, scaled.data(), stride, n.metric, grad_queries, prototype)) {
-        gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, n.metric, put, grad_queries, Put::store,
-                               prototype);
+                 !gradients_by_columns(from, to, scaled.data(), stride, pairs, n.metric, grad_queries, prototype)) {
+        gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, pairs, n.metric, put, grad_queries,
+                               Put::store, prototype);
       }
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (!need_support) return;

@@ -11,7 +11,9 @@
 #include "metric.h"
 
 #include <atomic>
+#include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace fastda {
@@ -107,16 +109,6 @@ class Points {
       finite_ = finite;
     }
     return finite_ == 1;
-  }
-
-  // The first of some rows that is finite, null if there is none.
-  const T* finite_row(Range rows) const {
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      bool finite = true;
-      FASTDA_RUN(all_finite(row(i), features_, &finite));
-      if (finite) return row(i);
-    }
-    return nullptr;
   }
 
   // The gradient of row i through x/‖x‖, in place.
@@ -235,27 +227,31 @@ class PackedQueries {
     at::parallel_for(0, row_blocks(), thread_grain(shape_.rows * q.depth() * 16), [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * shape_.rows; first < std::min(end * shape_.rows, queries_.size());
            first += shape_.rows) {
-        FASTDA_RUN(pack_across(q_.row(queries_.begin + first), q_.stride(),
-                               std::min(shape_.rows, queries_.size() - first), q_.depth(), centre_.data(), shape_.rows,
-                               rows_.data() + first * q_.depth(), norms_.data() + first));
+        FASTDA_RUN(pack_across<T>(q_.row(queries_.begin + first), q_.stride(),
+                                  std::min(shape_.rows, queries_.size() - first), q_.depth(), centre_.data(),
+                                  shape_.rows, rows_.data() + first * q_.depth(), norms_.data() + first, nullptr));
       }
     });
   }
 
-  // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
-  void find_distances(const Points<T>& p, T* out, int64_t stride) const {
-    const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 1) * shape_.columns;
+  // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p. Whether there are near pairs, whose
+  // distances are negated then, where that is asked for.
+  bool find_distances(const Points<T>& p, T* out, int64_t stride, bool ask_near) const {
+    std::atomic<bool> near{false};
+    const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 2) * shape_.columns;
     if (panels > row_blocks()) {
       const int64_t work = shape_.columns * queries_.size() * q_.depth();
       at::parallel_for(0, panels, thread_grain(work), [&](int64_t begin, int64_t end) {
         const Scratch<T> packed(panel_size), products(queries_.size() * shape_.columns);
+        bool any = false;
         for (int64_t panel = begin; panel < end; ++panel) {
           pack(p, panel, packed.data());
           multiply({0, queries_.size()}, p, panel, packed.data(), products.data(), out + panel * shape_.columns,
-                   stride);
+                   stride, ask_near ? &any : nullptr);
         }
+        if (any) near = true;
       });
-      return;
+      return near;
     }
     const Scratch<T> packed(panels * panel_size);
     at::parallel_for(0, panels, thread_grain(shape_.columns * q_.depth() * 16), [&](int64_t begin, int64_t end) {
@@ -265,27 +261,32 @@ class PackedQueries {
     at::parallel_for(0, row_blocks(), thread_grain(work), [&](int64_t begin, int64_t end) {
       const Range some{begin * shape_.rows, std::min(end * shape_.rows, queries_.size())};
       const Scratch<T> products(some.size() * shape_.columns);
+      bool any = false;
       for (int64_t panel = 0; panel < panels; ++panel) {
         multiply(some, p, panel, packed.data() + panel * panel_size, products.data(),
-                 out + some.begin * stride + panel * shape_.columns, stride);
+                 out + some.begin * stride + panel * shape_.columns, stride, ask_near ? &any : nullptr);
       }
+      if (any) near = true;
     });
+    return near;
   }
 
   // The distances to some panels of p in tiles as wide as a panel, tile(panel) from the first query on: a few queries
-  // at a time meet all of them. found(panel, queries) is told what has just been found.
+  // at a time meet all of them. found(panel, queries, near) is told what has just been found, and whether there are
+  // near pairs, whose distances are negated.
   template <typename Tile, typename Found>
   void find_tiles(const Points<T>& p, const Tile& tile, const Found& found) const {
-    constexpr int64_t near = 128;  // queries, which stay in the second cache
-    const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 1) * shape_.columns;
-    const Scratch<T> packed(panels * panel_size), products(near * shape_.columns);
+    constexpr int64_t at_once = 128;  // queries, which stay in the second cache
+    const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 2) * shape_.columns;
+    const Scratch<T> packed(panels * panel_size), products(at_once * shape_.columns);
     for (int64_t panel = 0; panel < panels; ++panel) pack(p, panel, packed.data() + panel * panel_size);
-    for (int64_t first = 0; first < queries_.size(); first += near) {
-      const Range some{first, std::min(first + near, queries_.size())};
+    for (int64_t first = 0; first < queries_.size(); first += at_once) {
+      const Range some{first, std::min(first + at_once, queries_.size())};
       for (int64_t panel = 0; panel < panels; ++panel) {
+        bool near = false;
         multiply(some, p, panel, packed.data() + panel * panel_size, products.data(),
-                 tile(panel) + first * shape_.columns, shape_.columns);
-        found(panel, Range{queries_.begin + some.begin, queries_.begin + some.end});
+                 tile(panel) + first * shape_.columns, shape_.columns, &near);
+        found(panel, Range{queries_.begin + some.begin, queries_.begin + some.end}, near);
       }
     }
   }
@@ -296,22 +297,24 @@ class PackedQueries {
     return std::min(shape_.columns, p.count() - panel * shape_.columns);
   }
 
-  // A panel of classes, and their squared norms after it.
+  // A panel of classes; their squared norms and what these were rounded by after it.
   void pack(const Points<T>& p, int64_t panel, T* packed) const {
     const int64_t whole = blocks(width(p, panel), shape_.rows) * shape_.rows;
+    T* norms = packed + shape_.columns * p.depth();
     FASTDA_RUN(pack_across(p.row(panel * shape_.columns), p.stride(), width(p, panel), p.depth(), centre_.data(), whole,
-                           packed, packed + shape_.columns * p.depth()));
+                           packed, norms, norms + shape_.columns));
   }
 
   // The products stay near until they are distances, and are written where they belong once.
-  void multiply(Range some, const Points<T>& p, int64_t panel, const T* packed, T* products, T* to,
-                int64_t stride) const {
+  void multiply(Range some, const Points<T>& p, int64_t panel, const T* packed, T* products, T* to, int64_t stride,
+                bool* near) const {
     const int64_t first = panel * shape_.columns, columns = width(p, panel), depth = q_.depth(), count = some.size();
     FASTDA_RUN(products_with_panel(rows_.data() + some.begin * depth, count, packed, depth, columns, products,
                                    shape_.columns));
     FASTDA_RUN(distances_from_products(metric_, products, shape_.columns, q_.row(queries_.begin + some.begin),
                                        q_.stride(), norms_.data() + some.begin, count, p.row(first), p.stride(),
-                                       packed + shape_.columns * depth, columns, depth, to, stride));
+                                       packed + shape_.columns * depth, packed + shape_.columns * (depth + 1), columns,
+                                       depth, to, stride, near));
   }
 
   const Points<T>& q_;
@@ -354,14 +357,42 @@ void find_distances_one_by_one(const Points<T>& q, Range queries, const Points<T
   }
 }
 
+constexpr int64_t worth_packing = 40;  // rows, samples and features of a sum, each
+
+// Whether gradients of so many are found by way of products.
+inline bool worth_summing_products(int64_t queries, int64_t classes, int64_t features) {
+  return std::min({queries, classes, features}) >= worth_packing;
+}
+
+}  // namespace
+}  // namespace fastda
+
+#include "near_pairs.h"
+
+namespace fastda {
+namespace {
+
 // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p.
 template <typename T>
 void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out, int64_t stride) {
   if (worth_products(queries.size(), p.count(), q.features())) {
-    PackedQueries<T>(q, queries, metric).find_distances(p, out, stride);
+    PackedQueries<T>(q, queries, metric).find_distances(p, out, stride, false);
   } else {
     find_distances_one_by_one(q, queries, p, metric, out, stride);
   }
+}
+
+// The same, and the near pairs where gradients by products would suffer from them.
+template <typename T>
+NearPairs<T> find_distances_and_near(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out,
+                                     int64_t stride) {
+  NearPairs<T> near;
+  if (!worth_summing_products(queries.size(), p.count(), q.features())) {
+    find_distances(q, queries, p, metric, out, stride);
+  } else if (PackedQueries<T>(q, queries, metric).find_distances(p, out, stride, true)) {
+    near.find(out, stride, queries.size(), p.count());
+  }
+  return near;
 }
 
 // Weights of rows x and samples y: of row r and sample k at data[r · row + k · step].
@@ -371,23 +402,14 @@ struct Weights {
   int64_t row, step;
 };
 
-constexpr int64_t worth_packing = 40;  // rows, samples and features, each
-constexpr int64_t rows_at_once = 120;  // of a sum over samples, at most most_summed_rows
+constexpr int64_t rows_at_once = 120;  // of a sum over samples
 
-// A sum over samples, which may come in parts: c near all samples, and whether this part is added to others. The last
-// one has the totals, Σ_k w_k of each row over all parts; they are null in the others.
-template <typename T>
-struct PackedSums {
-  const T* centre;
-  const double* totals;
-  bool add;
-};
 
-// Σ_k w_k (x − y_k), for the cosine Σ_k w_k y_k, where there are many rows x and many samples y: some rows and columns.
-// The samples pass by as deep as a panel.
+// Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c), for the cosine Σ_k w_k y_k, where there are many rows x and
+// many samples y: some rows and columns. The samples pass by as deep as a panel. totals: Σ_k w_k of each row.
 template <typename T>
-void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w,
-                PackedSums<T> sums, Metric metric, Range columns, T* out) {
+void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, const T* centre,
+                const double* totals, Metric metric, bool add, Range columns, T* out) {
   const PanelShape shape = panel_shape_of(T());
   const bool product = metric == Metric::cosine;
   const int64_t panels = blocks(columns.size(), shape.columns);
@@ -397,12 +419,11 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
   const Scratch<T> weights(some_rows * shape.depth), packed(panels * panel_size);
   for (int64_t k = samples.begin; k < samples.end; k += at_once) {
     const int64_t some = std::min(at_once, samples.end - k);
-    const bool last = sums.totals && k + some == samples.end;
+    const bool last = k + some == samples.end;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t d = columns.begin + panel * shape.columns;
       const int64_t width = blocks(std::min(shape.columns, columns.end - d), shape.rows) * shape.rows;
-      FASTDA_RUN(
-          pack_below(y.row(k) + d, y.stride(), some, sums.centre + d, width, packed.data() + panel * panel_size));
+      FASTDA_RUN(pack_below(y.row(k) + d, y.stride(), some, centre + d, width, packed.data() + panel * panel_size));
     }
     for (int64_t i = 0; i < rows.size(); i += some_rows) {
       const int64_t count = std::min(some_rows, rows.size() - i);
@@ -413,9 +434,8 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t d = columns.begin + panel * shape.columns, width = std::min(shape.columns, columns.end - d);
         FASTDA_RUN(weigh_panel(product, w.row != 1, weights.data(), count, packed.data() + panel * panel_size, some,
-                               x.row(rows.begin + i) + d, x.stride(),
-                               last && !product ? sums.totals + i : nullptr, sums.centre + d, width,
-                               sums.add || k > samples.begin, out + i * x.features() + d, x.features()));
+                               x.row(rows.begin + i) + d, x.stride(), last && !product ? totals + i : nullptr,
+                               centre + d, width, add || k > samples.begin, out + i * x.features() + d, x.features()));
       }
     }
   }
@@ -423,8 +443,15 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
 
 // The same, on all threads: each takes some rows, or some columns where there are more samples to pack than rows.
 template <typename T>
-void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, PackedSums<T> sums,
-                Metric metric, T* out) {
+void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, const T* centre,
+                Metric metric, bool add, T* out) {
+  std::vector<double> totals(rows.size(), 0);
+  if (metric != Metric::cosine) {
+    at::parallel_for(0, rows.size(), thread_grain(samples.size()), [&](int64_t begin, int64_t end) {
+      FASTDA_RUN(totals_of_weights(w.data + begin * w.row, w.row, w.step, end - begin, samples.size(),
+                                   totals.data() + begin));
+    });
+  }
   const int64_t lanes = panel_shape_of(T()).rows;
   const bool by_row = rows.size() > samples.size();
   const int64_t count = by_row ? rows.size() : x.features();
@@ -434,17 +461,8 @@ void sum_packed(const Points<T>& x, Range rows, const Points<T>& y, Range sample
     const Range part{begin * lanes, std::min(end * lanes, count)};
     const Range some = by_row ? part : Range{0, rows.size()}, columns = by_row ? Range{0, x.features()} : part;
     sum_packed(x, {rows.begin + some.begin, rows.begin + some.end}, y, samples,
-               {w.data + some.begin * w.row, w.row, w.step},
-               {sums.centre, sums.totals ? sums.totals + some.begin : nullptr, sums.add}, metric, columns,
+               {w.data + some.begin * w.row, w.row, w.step}, centre, totals.data() + some.begin, metric, add, columns,
                out + some.begin * x.features());
-  });
-}
-
-// Adds Σ_k w_k of each row to what is there.
-template <typename T>
-void add_totals(Weights<T> w, int64_t rows, int64_t samples, double* totals) {
-  at::parallel_for(0, rows, thread_grain(samples), [&](int64_t begin, int64_t end) {
-    FASTDA_RUN(totals_of_weights(w.data + begin * w.row, w.row, w.step, end - begin, samples, totals + begin));
   });
 }
 
@@ -453,18 +471,6 @@ void add_totals(Weights<T> w, int64_t rows, int64_t samples, double* totals) {
 template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
                      Put put, T* out) {
-  const int64_t least = std::min({rows.size(), samples.size(), x.features()});
-  if (least >= worth_packing && x.is_finite() && y.is_finite()) {
-    const std::vector<T> centre = centre_for(y, samples, metric);
-    std::vector<double> totals(rows.size(), 0);
-    if (metric != Metric::cosine) add_totals(w, rows.size(), samples.size(), totals.data());
-    return sum_packed(x, rows, y, samples, w, {centre.data(), totals.data(), put == Put::add}, metric, out);
-  }
-  // Of large sums of a few terms; of more terms, or less work, each difference on its own is the more exact way.
-  constexpr int64_t worth_sharing = 1 << 14, few_terms = 16;
-  const bool large = rows.size() * samples.size() * x.features() >= worth_sharing && samples.size() <= few_terms;
-  const T* centre = metric != Metric::cosine && large ? y.finite_row(samples) : nullptr;
-  const Sum form = metric == Metric::cosine ? Sum::products : centre ? Sum::shared_differences : Sum::differences;
   // Where rows outnumber samples, rows pass by and the samples stay; else the other way round.
   constexpr int64_t few_rows = 10;
   const bool by_row = rows.size() >= samples.size();
@@ -476,9 +482,10 @@ void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range s
     const FlushToZero flush;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % row_blocks * most_rows, column = i / row_blocks * most_columns;
-      FASTDA_RUN(sum_samples_of(form, x.row(rows.begin + row), x.stride(), std::min(most_rows, rows.size() - row),
-                                w.data + row * w.row, w.row, w.step, centre, y.row(samples.begin), y.stride(), count,
-                                column, std::min(column + most_columns, x.depth()), x.features(), put,
+      FASTDA_RUN(sum_samples_of(metric == Metric::cosine, x.row(rows.begin + row), x.stride(),
+                                std::min(most_rows, rows.size() - row), w.data + row * w.row, w.row, w.step,
+                                y.row(samples.begin), y.stride(), count, column,
+                                std::min(column + most_columns, x.depth()), x.features(), put,
                                 out + row * x.features(), x.features()));
     }
   });
@@ -503,23 +510,33 @@ int64_t row_stride(int64_t classes) {
   return (lines + 1 - lines % 2) * line;
 }
 
-// Gradients from a block of weights, weights[(q − queries.begin) · stride + c]; null for one that is not needed. Where
-// each is too little for several threads, but both are enough, they are found side by side.
+// Gradients from a block of weights, weights[(q − queries.begin) · stride + c], and its near pairs, whose weights are
+// left out of it; null for one that is not needed. Where each is too little for several threads, but both are enough,
+// they are found side by side.
 template <typename T>
 void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& p, const T* weights, int64_t stride,
-                            Metric metric, Put put_queries, T* grad_queries, Put put_prototypes,
-                            T* grad_prototypes) {
+                            const NearPairs<T>& near, Metric metric, Put put_queries, T* grad_queries,
+                            Put put_prototypes, T* grad_prototypes) {
   const int64_t classes = p.count(), work = queries.size() * classes * q.depth();
+  const bool packed = worth_summing_products(queries.size(), classes, q.features()) && q.is_finite() && p.is_finite();
+  const std::vector<T> centre = packed ? centre_for(q, queries, metric) : std::vector<T>();
+  const auto sum = [&](const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Put put,
+                       T* out) {
+    if (packed) {
+      sum_packed(x, rows, y, samples, w, centre.data(), metric, put == Put::add, out);
+    } else {
+      sum_differences(x, rows, y, samples, w, metric, put, out);
+    }
+  };
+  T* of_queries = grad_queries ? grad_queries + queries.begin * q.features() : nullptr;
   const bool side_by_side = grad_queries && grad_prototypes && work < worth_a_thread && 2 * work >= worth_a_thread;
   at::parallel_for(0, 2, side_by_side ? 1 : 2, [&](int64_t begin, int64_t end) {
-    if (begin == 0 && grad_queries) {
-      sum_differences(q, queries, p, {0, classes}, {weights, stride, 1}, metric, put_queries,
-                      grad_queries + queries.begin * q.features());
-    }
+    if (begin == 0 && grad_queries) sum(q, queries, p, {0, classes}, {weights, stride, 1}, put_queries, of_queries);
     if (end == 2 && grad_prototypes) {
-      sum_differences(p, {0, classes}, q, queries, {weights, 1, stride}, metric, put_prototypes, grad_prototypes);
+      sum(p, {0, classes}, q, queries, {weights, 1, stride}, put_prototypes, grad_prototypes);
     }
   });
+  near.add(q, queries, p, of_queries, grad_prototypes);
 }
 
 constexpr int64_t few_classes = 256;  // up to which a lane holds one query, and their vectors stay in the first caches

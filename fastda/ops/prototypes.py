@@ -131,6 +131,7 @@ def _prototypical_fake(support, queries, temperature, support_labels, query_labe
         support_labels.new_empty(*batch, num_classes),
         like.new_empty(*batch, num_queries, num_classes),
         like.new_empty(*batch, num_queries),
+        like.new_empty(*batch, num_queries, num_classes, dtype=torch.bool),
     )
 
 
@@ -146,15 +147,17 @@ def _prototypical_formula(support, queries, temperature, support_labels, query_l
 
 # temperature: one an episode. prototypes: NaN for a class without support. weights: what the difference of a query from
 # a prototype (for the cosine: the prototype's direction) is multiplied by in the gradient of the query's loss; slopes:
-# the derivative of that loss by the temperature.
+# the derivative of that loss by the temperature; near: pairs whose gradients are sums of differences, since products of
+# centred points would cancel.
 _prototypical_loss = fused(
     "prototypical_loss(Tensor support, Tensor queries, Tensor temperature, Tensor support_labels, Tensor query_labels,"
     " SymInt num_classes, str metric, str reduction)"
-    " -> (Tensor loss, Tensor prototypes, Tensor counts, Tensor weights, Tensor slopes)",
+    " -> (Tensor loss, Tensor prototypes, Tensor counts, Tensor weights, Tensor slopes, Tensor near)",
     _prototypical_fake,
     "prototypical_loss_backward(Tensor grad_loss, Tensor support, Tensor queries, Tensor temperature,"
     " Tensor support_labels, Tensor query_labels, Tensor prototypes, Tensor counts, Tensor weights, Tensor slopes,"
-    " SymInt num_classes, str metric, str reduction, bool need_support, bool need_queries, bool need_temperature)"
+    " Tensor near, SymInt num_classes, str metric, str reduction, bool need_support, bool need_queries,"
+    " bool need_temperature)"
     " -> (Tensor grad_support, Tensor grad_queries, Tensor grad_temperature)",
     lambda grad_loss, support, queries, temperature, *rest: _gradients_fake(support, queries, temperature, *rest[-3:]),
     _prototypical_formula,

@@ -187,7 +187,7 @@ def prototypical_loss(
     num_classes: int,
     metric: str,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_episode(support, queries, support_labels, query_labels)
     batch, (num_queries, num_features) = queries.shape[:-2], queries.shape[-2:]
     prototypes, counts, counters = find_means(support, support_labels, num_classes, "nan")
@@ -237,6 +237,7 @@ def prototypical_loss(
         counts.view(*batch, num_classes),
         weights.view(*batch, num_queries, num_classes),
         slopes.view(*batch, num_queries),
+        weights.new_zeros(*batch, num_queries, num_classes, dtype=torch.bool),
     )
 
 
@@ -251,6 +252,7 @@ def prototypical_loss_backward(
     counts: Tensor,
     weights: Tensor,
     slopes: Tensor,
+    near: Tensor,
     num_classes: int,
     metric: str,
     reduction: str,
