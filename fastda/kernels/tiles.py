@@ -147,7 +147,7 @@ def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
 def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries (rows) and features (depth) of a program, and all classes (columns)."""
     classes = power_of_two(num_classes)
-    return Blocks(32, classes, classes_depth(classes, dtype), 8 if classes > 32 else 4, 2 if classes > 16 else 1)
+    return Blocks(32, classes, classes_depth(classes, dtype), 8 if classes > 16 else 4, 2 if classes > 16 else 1)
 
 
 def power_of_two(num_classes: int) -> int:
@@ -165,16 +165,16 @@ WEIGHTS = {True: 7 * 2**20, False: 2**22}
 """Queries × classes whose weights are held at a time in the gradient of a cross-entropy, in half precision or not."""
 
 
-def class_tile(half: bool, dtype: torch.dtype, metric: str, careful: bool) -> Blocks:
+def class_tile(half: bool, dtype: torch.dtype, metric: str) -> Blocks:
     """Queries (rows) against classes (columns). Weights of a square root take registers, and so do vectors scaled to
-    length 1, and a `careful` tile, with distances by difference."""
+    length 1. Without `half` it is a square with the sides of `pull`, which finds near pairs by it."""
     if half:
         return Blocks(128, 64 if metric == "euclidean" else 128, 64, 8, 3)
     if dtype == torch.float64:
         return Blocks(32, 32, 16, 4, 2)
     if metric == "cosine":
         return Blocks(64, 64, 16, 8, 2, registers=224)
-    return Blocks(64, 64, 16, 8 if careful else 4, 2)
+    return Blocks(64, 64, 16, 4, 2)
 
 
 def swept(blocks: Blocks, device: torch.device) -> Blocks:
@@ -196,11 +196,11 @@ def nearest(blocks: Blocks, slots: int) -> Blocks:
 
 def weights(blocks: Blocks, mode: str) -> Blocks:
     """The same for the weights of a gradient, or sums of them: incoming gradients make another tile beside that of the
-    distances, and those of a search one that is compared with every neighbour."""
+    distances, and so do near pairs; those of a search one that is compared with every neighbour."""
     if mode == "neighbours" and blocks.rows > 32:
         return dataclasses.replace(blocks, rows=64, columns=64, num_warps=8, registers=224)
-    if mode in ("softmax", "log softmax", "totals") and blocks.rows == 64:
-        return dataclasses.replace(blocks, num_warps=8, registers=224)
+    if mode != "logits" and blocks.rows == 64 and blocks.num_warps == 4:
+        return dataclasses.replace(blocks, num_warps=8, registers=240)
     return blocks
 
 
@@ -210,7 +210,7 @@ def pull(half: bool, dtype: torch.dtype, metric: str) -> tuple[Blocks, int]:
         return Blocks(128, 128, 32 if metric == "cosine" else 64, 8, 4), 64
     if dtype == torch.float64:
         return Blocks(32, 32, 16, 4, 2), 32
-    return Blocks(64, 64, 16, 8, 3), 64
+    return Blocks(64, 64, 16, 8, 3, registers=200), 64
 
 
 def statistics() -> Blocks:

@@ -223,6 +223,46 @@ def test_distances_far_from_zero_and_of_equal_points(metric):
     check(EPISODE, episode | {"num_classes": 5, "metric": metric})
 
 
+def near_duplicates(dtype):
+    """Each query 10⁻⁴ from a prototype of its own, both far from the others."""
+    draw = Draw(Sizes(), dtype)
+    prototypes = draw.normal(20, 33)
+    return prototypes[torch.arange(24) % 20] + 1e-4 * draw.normal(24, 33), prototypes
+
+
+def far_clusters(dtype):
+    """Four clusters of classes, 30 apart, with members 1.4 apart."""
+    draw = Draw(Sizes(), dtype)
+    of_clusters, nearby = draw.normal(4, 33) * (30 / 66**0.5), draw.normal(44, 33) / 33**0.5
+    points = of_clusters[torch.arange(44) % 4] + nearby
+    return points[20:], points[:20]
+
+
+@pytest.mark.parametrize("op", [*AGAINST, EPISODE], ids=str)
+@pytest.mark.parametrize(
+    "points, metric, dtype",
+    [
+        (near_duplicates, "euclidean", torch.float32),
+        (far_clusters, "sqeuclidean", torch.float64),
+        pytest.param(near_duplicates, "euclidean", torch.float64, marks=pytest.mark.slow),
+        pytest.param(far_clusters, "euclidean", torch.float32, marks=pytest.mark.slow),
+        pytest.param(near_duplicates, "sqeuclidean", torch.float32, marks=pytest.mark.slow),
+        pytest.param(far_clusters, "sqeuclidean", torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_pairs_much_nearer_to_each_other_than_to_the_centre(points, op, metric, dtype, small_tiles):
+    """Products of centred points cancel there, in distances and in gradients."""
+    queries, prototypes = points(dtype)
+    labels = (torch.arange(24) + 4) % 20  # of the same cluster, but not of the nearest
+    if op is EPISODE:
+        support = {"support": prototypes, "support_labels": torch.arange(20), "queries": queries}
+        arguments = support | {"query_labels": labels, "num_classes": 20, "reduction": "none"}
+    else:
+        arguments = {"queries": queries, "prototypes": prototypes}
+        arguments |= {"targets": labels} if op is CROSS_ENTROPY else {}
+    check(op, arguments | {"metric": metric})
+
+
 @each_metric
 def test_the_zero_vector(metric):
     draw = Draw(Sizes(others=4, classes=3))

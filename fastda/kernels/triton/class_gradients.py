@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .many_classes import class_of, distance_tile, points_of
-from .points import kernel, load_rows, located, weights_of
+from .points import add_differences, kernel, load_rows, located, weights_of
 
 
 @kernel
@@ -31,6 +31,8 @@ def weights_kernel(
     weights,  # (batch, Q, width), a multiple of CLASSES
     row_sums,  # (batch, class blocks, Q)
     class_sums,  # (batch, query blocks, width)
+    near_weights,  # (batch, Q, width): of near pairs, written where a tile has any, whose weights are 0
+    near_tiles,  # (batch, query blocks, class blocks): whether it has
     slopes,  # (batch, class blocks, Q): added to
     grad_batch,
     grad_row,
@@ -52,6 +54,7 @@ def weights_kernel(
     MEAN: tl.constexpr,
     SMOOTHING: tl.constexpr,
     SLOPES: tl.constexpr,
+    NEAR: tl.constexpr,
     RAW: tl.constexpr,
     CLOSE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -63,7 +66,10 @@ def weights_kernel(
     ALIGN: tl.constexpr,
 ):
     """What differences of queries and prototypes are multiplied by in the gradients, for the classes from `first_class`
-    on, and its sums over the classes and over the queries (cosine: weighed with the similarities)."""
+    on, and its sums over the classes and over the queries (cosine: weighed with the similarities).
+
+    Near pairs, much nearer to each other than to the centre, are kept apart: products of centred points would cancel.
+    """
     program = tl.program_id(0)
     blocks, class_blocks = (num_queries + BLOCK - 1) // BLOCK, width // CLASSES
     block, class_block = program % blocks, program // blocks % class_blocks
@@ -132,8 +138,19 @@ def weights_kernel(
             slope += tl.load(out, in_rows, other=0.0)
         tl.store(out, slope, in_rows)
     weight = weights_of(of_logit, distance, t, METRIC).to(weights.dtype.element_ty)
-    out = weights + place[:, None] * width + local[None, :]
-    tl.store(out, weight, in_rows[:, None])
+    offsets = place[:, None] * width + local[None, :]
+    if NEAR:
+        of_near = weight
+        if MODE != "neighbours":  # of which all are taken as near: they are few
+            of_class = tl.load(of_classes + batch * num_classes + first + column, there, other=0.0)
+            squared = distance * distance if METRIC == "euclidean" else distance
+            of_near = tl.where(squared < CLOSE * (of_query[:, None] + of_class[None, :]), weight, 0.0)
+        weight -= of_near
+        some = tl.max((of_near != 0.0).to(tl.int32))
+        tl.store(near_tiles + (batch * blocks + block) * class_blocks + class_block, some)
+        if some > 0:
+            tl.store(near_weights + offsets, of_near, in_rows[:, None])
+    tl.store(weights + offsets, weight, in_rows[:, None])
     weight = weight.to(ACCUMULATOR)
     if METRIC == "cosine":
         weight *= 1.0 - distance
@@ -208,6 +225,38 @@ def weighed_sum(
 
 
 @triton.jit
+def add_near(
+    out, weights, row_step, step, tiles, tile_step, num_tiles, x, x_row, num_rows, y, y_row, count, num_features, block,
+    first_column, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Adds Σ_k w_rk (x_r − y_k) of the near pairs to what is at `out`, from the tiles of BLOCK y that have any.
+
+    After the products and in small parts, so that these take no registers from them."""
+    PART: tl.constexpr = min(BLOCK, 32)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    in_rows = rows < num_rows
+    for first in range(0, num_tiles, 64):
+        index = first + tl.arange(0, 64)
+        if tl.max(tl.load(tiles + index * tile_step, index < num_tiles, other=0), 0) > 0:
+            tl.debug_barrier()  # other threads may have written what is read here
+            for column in range(first_column, tl.minimum(first_column + WIDTH, num_features), PART):
+                columns = column + tl.arange(0, PART)
+                in_columns = columns < num_features
+                place = out + rows[:, None].to(tl.int64) * num_features + columns[None, :]
+                result = tl.load(place, in_rows[:, None] & in_columns[None, :], other=0.0).to(ACCUMULATOR)
+                for tile in range(first, tl.minimum(first + 64, num_tiles)):
+                    if tl.load(tiles + tile * tile_step) > 0:
+                        for k in range(tile * BLOCK, tile * BLOCK + BLOCK, PART):
+                            samples = k + tl.arange(0, PART)
+                            offsets = rows[:, None].to(tl.int64) * row_step + samples[None, :].to(tl.int64) * step
+                            w = tl.load(weights + offsets, in_rows[:, None] & (samples < count)[None, :], other=0.0)
+                            result = add_differences(
+                                result, w, x, x_row, rows, in_rows, y, y_row, k, columns, in_columns, ACCUMULATOR, PART
+                            )
+                tl.store(place, result.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
 def finished(
     result, x, x_row, rows, in_rows, columns, in_columns, total, scale, centre,
     METRIC: tl.constexpr, RAW: tl.constexpr, ACCUMULATOR: tl.constexpr,
@@ -232,6 +281,8 @@ def pull_kernel(
     weights,  # (batch, Q, width)
     row_sums,
     class_sums,
+    near_weights,  # (batch, Q, width)
+    near_tiles,  # (batch, parts_of_classes, parts_of_queries): BLOCK × BLOCK pairs each
     partial,  # (batch, Q, D): the queries' gradient over the chunks of classes so far
     grad_queries,  # (batch, Q, D): written with the last chunk
     grad_prototypes,  # (batch, C, D)
@@ -251,6 +302,7 @@ def pull_kernel(
     NEED_PROTOTYPES: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    NEAR: tl.constexpr,
     RAW: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -274,6 +326,8 @@ def pull_kernel(
     queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
     prototypes, prototypes_row = located(prototypes, batch, prototypes_batch, prototypes_row, ALIGN)
     weights += batch * num_queries * width
+    near_weights += batch * num_queries * width
+    near_tiles += batch * parts_of_queries * parts_of_classes
     centre += batch * num_features
     of_queries += batch * num_queries
     of_classes += batch * num_classes + first_class
@@ -301,6 +355,14 @@ def pull_kernel(
             out = (batch * num_classes + first_class + rows[:, None]) * num_features + columns[None, :]
             mask = in_rows[:, None] & in_columns[None, :]
             tl.store(grad_prototypes + out, result.to(grad_prototypes.dtype.element_ty), mask)
+            if NEAR:
+                out = grad_prototypes + (batch * num_classes + first_class) * num_features
+                add_near(
+                    out, near_weights, 1, width, near_tiles + local // column_blocks, parts_of_queries,
+                    parts_of_classes, prototypes, prototypes_row, num_classes - first_class, queries, queries_row,
+                    num_queries, num_features, local // column_blocks, local % column_blocks * CLASS_WIDTH,
+                    ACCUMULATOR, BLOCK, CLASS_WIDTH,
+                )  # fmt: skip
     if NEED_QUERIES:
         if local >= of_class:
             column_blocks = (num_features + WIDTH - 1) // WIDTH
@@ -331,3 +393,11 @@ def pull_kernel(
                 tl.store(grad_queries + out, result.to(grad_queries.dtype.element_ty), mask)
             else:
                 tl.store(partial + out, result, mask)
+            if NEAR:
+                out = (grad_queries if LAST else partial) + batch * num_queries * num_features
+                block = (local - of_class) // column_blocks
+                add_near(
+                    out, near_weights, width, 1, near_tiles + block * parts_of_queries, 1, parts_of_queries, queries,
+                    queries_row, num_queries, prototypes, prototypes_row, width, num_features, block,
+                    (local - of_class) % column_blocks * WIDTH, ACCUMULATOR, BLOCK, WIDTH,
+                )  # fmt: skip

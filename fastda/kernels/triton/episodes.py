@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .device import is_last, ordered_sum
-from .points import centre_of, differences_squared, kernel, load_rows, located, weights_of
+from .points import add_differences, by_differences, centre_of, kernel, load_rows, located, weights_of
 
 
 @kernel
@@ -115,6 +115,7 @@ def episode_kernel(
     loss,  # (batch,) where REDUCTION is not "none"
     weights,  # (batch, Q, C)
     slopes,  # (batch, Q)
+    near,  # (batch, Q, C)
     counters,  # (batch,)
     queries_batch,
     queries_row,
@@ -159,7 +160,10 @@ def episode_kernel(
             of_classes += tl.sum(p * p, 1)
         products = tl.dot(q, tl.trans(p), products, input_precision=PRECISION, out_dtype=ACCUMULATOR)
     empty = (absent == num_features) & (num_features > 0)
+    place = batch * num_queries + rows
+    out, pairs = place[:, None] * num_classes + classes[None, :], in_rows[:, None] & in_classes[None, :]
     if METRIC == "cosine":
+        tl.store(near + out, tl.zeros((BLOCK, CLASSES), tl.int1), pairs)
         distance = 1.0 - products
         distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
         distance = tl.minimum(distance, 2.0, propagate_nan=tl.PropagateNan.ALL)
@@ -167,14 +171,13 @@ def episode_kernel(
         scale = of_queries[:, None] + of_classes[None, :]
         distance = scale - 2.0 * products
         distance = tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        close = (distance < CLOSE * scale) | (distance != distance)  # Inf − Inf is no distance
-        close &= in_rows[:, None] & in_classes[None, :]
-        if tl.max(close.to(tl.int32)) > 0:
-            exact = differences_squared(
-                queries, queries_row, tl.minimum(rows, num_queries - 1), prototypes, num_features,
-                tl.minimum(classes, num_classes - 1), num_features, ACCUMULATOR,
-            )  # fmt: skip
-            distance = tl.where(close, exact, distance)
+        close = distance < CLOSE * scale
+        tl.store(near + out, close, pairs)
+        close = pairs & (close | (distance != distance))  # Inf − Inf is no distance
+        distance = by_differences(
+            tl.where(close, -1.0, distance), queries, queries_row, tl.minimum(rows, num_queries - 1), prototypes,
+            num_features, 0, num_classes, num_features, ACCUMULATOR, CLASSES, BLOCK_K,
+        )  # fmt: skip
         if METRIC == "euclidean":
             distance = tl.sqrt(distance)
 
@@ -190,7 +193,6 @@ def episode_kernel(
     count = tl.load(counts + batch * num_classes + classes, in_classes, other=0)
     valid = (label >= 0) & (label < num_classes) & (tl.min(count, 0) >= 0)
     each = tl.where(valid, -((of_target - largest) - tl.log(total)), float("nan"))
-    place = batch * num_queries + rows
     tl.store(losses + place, each, in_rows)
 
     of_logit = exponentials / total[:, None] - on_target.to(ACCUMULATOR)
@@ -199,8 +201,7 @@ def episode_kernel(
     slope = tl.where(there[None, :] & valid[:, None], of_logit * (distance - nearest[:, None]), 0.0)
     tl.store(slopes + place, tl.sum(slope, 1) / (t * t), in_rows)
     weight = tl.where(there[None, :] & valid[:, None], weights_of(of_logit, distance, t, METRIC), 0.0)
-    out = weights + place[:, None] * num_classes + classes[None, :]
-    tl.store(out, weight, in_rows[:, None] & in_classes[None, :])
+    tl.store(weights + out, weight, pairs)
     if REDUCTION != "none":
         if is_last(counters + batch, blocks):
             result = ordered_sum(losses + batch * num_queries, num_queries, 1)
@@ -215,6 +216,7 @@ def episode_gradient_kernel(
     queries,  # (batch, Q, D); for the cosine the directions
     prototypes,  # (batch, C, D); likewise
     weights,  # (batch, Q, C)
+    near,  # (batch, Q, C): the pairs whose products would cancel
     grad_queries,  # (batch, Q, D)
     grad_prototypes,  # (batch, C, D)
     grad_batch,
@@ -248,6 +250,7 @@ def episode_gradient_kernel(
     queries, queries_row = located(queries, batch, queries_batch, queries_row, ALIGN)
     prototypes += batch * num_classes * num_features
     weights += batch * num_queries * num_classes
+    near += batch * num_queries * num_classes
     grad += batch * grad_batch
     p = load_rows(prototypes, num_features, classes, in_classes, columns, in_columns, ACCUMULATOR)
     unknown = p != p  # of an empty class, whose weights are 0, or of one whose weights are NaN already
@@ -264,10 +267,17 @@ def episode_gradient_kernel(
             in_rows = rows < num_queries
             g = tl.load(grad + rows * grad_row, in_rows, other=0.0).to(ACCUMULATOR) * share
             w = load_rows(weights, num_classes, rows, in_rows, classes, in_classes, ACCUMULATOR)
+            if METRIC != "cosine":
+                of_near = tl.where(load_rows(near, num_classes, rows, in_rows, classes, in_classes, tl.int1), w, 0.0)
+                w -= of_near
             result = tl.dot(w, p, input_precision=PRECISION, out_dtype=ACCUMULATOR)
             if METRIC != "cosine":
                 q = load_rows(queries, queries_row, rows, in_rows, columns, in_columns, ACCUMULATOR)
                 result = (q - centre[None, :]) * tl.sum(w, 1)[:, None] - result + (q - q)
+                result = add_differences(
+                    result, of_near, queries, queries_row, rows, in_rows, prototypes, num_features, 0, columns,
+                    in_columns, ACCUMULATOR, CLASSES,
+                )  # fmt: skip
             result *= g[:, None]
             out = grad_queries + (batch * num_queries + rows[:, None]) * num_features + columns[None, :]
             tl.store(out, result.to(grad_queries.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
@@ -275,18 +285,35 @@ def episode_gradient_kernel(
         if block == query_blocks:
             result = tl.zeros((CLASSES, COLUMNS), ACCUMULATOR)
             total = tl.zeros((CLASSES,), ACCUMULATOR)
+            some = tl.zeros((), tl.int32)
             for first in range(0, num_queries, BLOCK):
                 rows = first + tl.arange(0, BLOCK)
                 in_rows = rows < num_queries
                 g = tl.load(grad + rows * grad_row, in_rows, other=0.0).to(ACCUMULATOR) * share
                 offsets = rows[None, :].to(tl.int64) * num_classes + classes[:, None]
                 w = tl.load(weights + offsets, in_classes[:, None] & in_rows[None, :], other=0.0) * g[None, :]
+                if METRIC != "cosine":
+                    of_near = tl.load(near + offsets, in_classes[:, None] & in_rows[None, :], other=0)
+                    some = tl.maximum(some, tl.max((of_near & (w != 0.0)).to(tl.int32)))
+                    w = tl.where(of_near, 0.0, w)
                 q = load_rows(queries, queries_row, rows, in_rows, columns, in_columns, ACCUMULATOR)
                 q = tl.where(in_rows[:, None], q - centre[None, :], 0.0)
                 result = tl.dot(w, q, result, input_precision=PRECISION, out_dtype=ACCUMULATOR)
                 total += tl.sum(w, 1)
             if METRIC != "cosine":
                 result = p * total[:, None] - result + (p - p)  # NaN where p is infinite: so is Σ w (p − q)
+                if some > 0:  # after the products, from which it would take registers
+                    for first in range(0, num_queries, BLOCK):
+                        rows = first + tl.arange(0, BLOCK)
+                        in_rows = rows < num_queries
+                        g = tl.load(grad + rows * grad_row, in_rows, other=0.0).to(ACCUMULATOR) * share
+                        offsets = rows[None, :].to(tl.int64) * num_classes + classes[:, None]
+                        pairs = in_classes[:, None] & in_rows[None, :]
+                        w = tl.load(weights + offsets, pairs, other=0.0) * g[None, :]
+                        result = add_differences(
+                            result, tl.where(tl.load(near + offsets, pairs, other=0), w, 0.0), prototypes, num_features,
+                            classes, in_classes, queries, queries_row, first, columns, in_columns, ACCUMULATOR, BLOCK,
+                        )  # fmt: skip
             result = tl.where(unknown, 0.0 * total[:, None], result)
             out = grad_prototypes + (batch * num_classes + classes[:, None]) * num_features + columns[None, :]
             tl.store(out, result, in_classes[:, None] & in_columns[None, :])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .points import differences_squared, kernel, load_rows, located
+from .points import by_differences, kernel, load_rows, located
 
 
 @kernel
@@ -177,13 +177,10 @@ def distance_tile(
         elif CLOSE > 0.0:
             # The mark stays in place of the distance: masks that live through the loop take registers.
             close = in_rows[:, None] & present[None, :] & (distance < CLOSE * scale)
-            distance = tl.where(close, -1.0, distance)
-            if tl.min(distance) < 0.0:
-                exact = differences_squared(
-                    exact_queries, exact_row, tl.minimum(rows, num_queries - 1), prototypes, prototypes_row,
-                    tl.minimum(first + column, num_classes - 1), num_features, ACCUMULATOR,
-                )  # fmt: skip
-                distance = tl.where(distance < 0.0, exact, distance)
+            distance = by_differences(
+                tl.where(close, -1.0, distance), exact_queries, exact_row, tl.minimum(rows, num_queries - 1),
+                prototypes, prototypes_row, first, num_classes, num_features, ACCUMULATOR, CLASSES, BLOCK_K,
+            )  # fmt: skip
         if METRIC == "euclidean":
             distance = tl.sqrt(distance)
         return distance, there

@@ -43,18 +43,46 @@ def centre_of(p, in_rows):
 
 
 @triton.jit
-def differences_squared(q, q_row, rows, p, p_row, classes, num_features, DTYPE: tl.constexpr):
-    """Σ(q − p)² of each pair of rows, all of which exist, feature by feature: slow, and exact where the expansion
-    cancels."""
-    total = tl.zeros((rows.shape[0], classes.shape[0]), DTYPE)
-    q += rows.to(tl.int64) * q_row
-    p += classes.to(tl.int64) * p_row
-    for _ in range(0, num_features):
-        difference = tl.load(q).to(DTYPE)[:, None] - tl.load(p).to(DTYPE)[None, :]
-        total += difference * difference
-        q += 1
-        p += 1
-    return total
+def by_differences(
+    distance, q, q_row, rows, p, p_row, first, num_classes, num_features,
+    DTYPE: tl.constexpr, CLASSES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Squared distances to CLASSES classes from `first` on, those that are −1 replaced by Σ(q − p)², exact where the
+    expansion cancels: one pair of each query at a time, since they are few. All of `rows` exist."""
+    column = tl.arange(0, CLASSES)
+    while tl.min(distance) < 0.0:
+        chosen = tl.min(tl.where(distance < 0.0, column[None, :], CLASSES), 1)
+        classes = tl.minimum(first + chosen, num_classes - 1)
+        squares = tl.zeros((rows.shape[0], BLOCK_K), DTYPE)
+        for k in range(0, num_features, BLOCK_K):
+            features = k + tl.arange(0, BLOCK_K)
+            within = features < num_features
+            difference = load_rows(q, q_row, rows, rows >= 0, features, within, DTYPE)
+            difference -= load_rows(p, p_row, classes, classes >= 0, features, within, DTYPE)
+            squares += difference * difference
+        distance = tl.where(column[None, :] == chosen[:, None], tl.sum(squares, 1)[:, None], distance)
+    return distance
+
+
+@triton.jit
+def add_differences(
+    result, weights, x, x_row, rows, in_rows, y, y_row, first, columns, in_columns,
+    DTYPE: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Adds Σ_k w_rk (x_r − y_k) to `result` for SAMPLES y from `first` on: one of each row at a time, since few of the
+    weights are not 0."""
+    sample = tl.arange(0, SAMPLES)
+    chosen = tl.min(tl.where(weights != 0.0, sample[None, :], SAMPLES), 1)
+    if tl.min(chosen, 0) < SAMPLES:
+        own = load_rows(x, x_row, rows, in_rows, columns, in_columns, DTYPE)
+        while tl.min(chosen, 0) < SAMPLES:
+            there = chosen < SAMPLES
+            weight = tl.sum(tl.where(sample[None, :] == chosen[:, None], weights, 0.0), 1)
+            other = load_rows(y, y_row, first + chosen, there, columns, in_columns, DTYPE)
+            result += tl.where(there[:, None], weight[:, None] * (own - other), 0.0)
+            others = (weights != 0.0) & (sample[None, :] > chosen[:, None])
+            chosen = tl.min(tl.where(others, sample[None, :], SAMPLES), 1)
+    return result
 
 
 @triton.jit

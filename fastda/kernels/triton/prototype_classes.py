@@ -18,8 +18,8 @@ from .episodes import (
 from .points import directions_kernel, through_directions_kernel
 from .problem import TRITON_DTYPES, accumulator, ceil_div, launch, precision
 
-CLOSE = {"sqeuclidean": 1e-5, "euclidean": 1 / 16, "cosine": 0.0}
-"""Share of ‖q‖² + ‖p‖² below which a squared distance is taken by difference: its root needs more digits."""
+CLOSE = 1 / 4
+"""Share of ‖q‖² + ‖p‖² below which points are near: products would cancel, and differences take their place."""
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -196,6 +196,7 @@ def prototypical_loss(
         q, p = directions(q)[0], directions(p)[0]
     losses = prototypes.new_empty(len(q), num_queries)
     slopes, weights = losses.new_empty(losses.shape), losses.new_empty(len(q), num_queries, num_classes)
+    near = torch.empty_like(weights, dtype=torch.bool)
     loss = losses
     if reduction != "none":
         # An episode without queries has no program that would write.
@@ -215,6 +216,7 @@ def prototypical_loss(
         loss,
         weights,
         slopes,
+        near,
         counters,
         *q.stride()[:2],
         num_queries,
@@ -222,7 +224,7 @@ def prototypical_loss(
         num_features,
         METRIC=metric,
         REDUCTION=reduction,
-        CLOSE=CLOSE[metric],
+        CLOSE=CLOSE,
         ACCUMULATOR=TRITON_DTYPES[losses.dtype],
         PRECISION=precision(),
         BLOCK=blocks.rows,
@@ -237,7 +239,7 @@ def prototypical_loss(
         counts.view(*batch, num_classes),
         weights.view(*batch, num_queries, num_classes),
         slopes.view(*batch, num_queries),
-        weights.new_zeros(*batch, num_queries, num_classes, dtype=torch.bool),
+        near.view(*batch, num_queries, num_classes),
     )
 
 
@@ -289,6 +291,7 @@ def prototypical_loss_backward(
         q,
         p,
         flatten(weights, 2).contiguous(),
+        flatten(near, 2).contiguous(),
         grad_queries,
         grad_prototypes,
         grad.stride(0),

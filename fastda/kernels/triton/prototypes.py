@@ -16,8 +16,8 @@ from .many_classes import distances_kernel, join_kernel, softmax_kernel, statist
 from .problem import TRITON_DTYPES, accumulator, ceil_div, launch, operand, precision
 from .prototype_classes import alignment, check_labels, rows_of
 
-CLOSE = {"sqeuclidean": 1 / 64, "euclidean": 1 / 16, "cosine": 0.0}
-"""Share of ‖q‖² + ‖p‖² below which a squared distance is taken by difference."""
+CLOSE = 1 / 4
+"""Share of ‖q‖² + ‖p‖² below which points are near: products would cancel, and differences take their place."""
 
 NOISE = 2.0**-20
 """Share below which a squared distance of half-precision features is 0."""
@@ -55,8 +55,13 @@ class Points:
         return self.operands, self.queries, self.prototypes, self.centre, self.of_queries, self.of_classes
 
     @property
+    def near(self) -> bool:
+        """Whether gradients of near pairs are taken by difference."""
+        return self.metric != "cosine" and not self.raw
+
+    @property
     def blocks(self) -> tiles.Blocks:
-        return tiles.class_tile(self.raw, self.queries.dtype, self.metric, self.close > 0)
+        return tiles.class_tile(self.raw, self.queries.dtype, self.metric)
 
     def constants(self, blocks: tiles.Blocks) -> dict[str, object]:
         """Of the kernels that take distances."""
@@ -86,8 +91,8 @@ def check(queries: Tensor, prototypes: Tensor) -> None:
 
 
 def prepare(queries: Tensor, prototypes: Tensor, metric: str, logits: bool) -> Points:
-    """The centre and lengths of all rows, in two launches. In `logits` of squared distances what counts is the absolute
-    error, and none is taken by difference."""
+    """The centre and lengths of all rows, in two launches. logits: squared distances of half-precision features are no
+    nearer to 0 than they come out, since what counts is the absolute error."""
     check(queries, prototypes)
     q, p = rows_of(queries), rows_of(prototypes)
     batch, num_queries, num_features = q.shape
@@ -122,7 +127,9 @@ def prepare(queries: Tensor, prototypes: Tensor, metric: str, logits: bool) -> P
             **blocks.options,
         )
     of_classes, of_queries = statistics
-    close = 0.0 if logits and metric == "sqeuclidean" else NOISE if raw else CLOSE[metric]
+    close = NOISE if raw else CLOSE
+    if metric == "cosine" or raw and logits and metric == "sqeuclidean":
+        close = 0.0
     return Points(metric, q, p, operands, centre, of_queries, of_classes, raw, close)
 
 
@@ -270,6 +277,10 @@ def gradients(
     weights_dtype = queries.dtype if points.raw and queries.dtype == torch.bfloat16 else points.dtype
     weights = like.new_empty(batch, num_queries, width, dtype=weights_dtype)
     row_sums, class_sums = like.new_empty(batch, class_blocks, num_queries), like.new_empty(batch, query_blocks, width)
+    near_weights, near_tiles = like, like
+    if points.near:
+        near_weights = like.new_empty(weights.shape)
+        near_tiles = like.new_empty(batch, query_blocks, class_blocks, dtype=torch.int32)
     slopes = like.new_empty(batch, class_blocks, num_queries) if need_temperature else like
     grad_queries = queries.new_empty(queries.shape if need_queries else (0,))
     grad_prototypes = prototypes.new_empty(prototypes.shape if need_prototypes else (0,))
@@ -287,6 +298,8 @@ def gradients(
             weights,
             row_sums,
             class_sums,
+            near_weights,
+            near_tiles,
             slopes,
             *grad_strides,
             *points.strides,
@@ -301,12 +314,13 @@ def gradients(
             MEAN=mean,
             SMOOTHING=label_smoothing,
             SLOPES=need_temperature,
+            NEAR=points.near,
             **points.constants(blocks),
         )
         if need_queries or need_prototypes:
             pull(
                 points,
-                (weights, row_sums, class_sums),
+                (weights, row_sums, class_sums, near_weights, near_tiles),
                 (partial, grad_queries, grad_prototypes),
                 first_class,
                 (need_queries, need_prototypes),
@@ -419,14 +433,14 @@ def prototype_softmax_backward(
 
 def pull(
     points: Points,
-    weighed: tuple[Tensor, Tensor, Tensor],
+    weighed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     first_class: int,
     needs: tuple[bool, bool],
 ) -> None:
     """Gradients from the weights of the classes from `first_class` on; those of the queries add up."""
     batch, num_queries, num_classes, num_features = points.sizes
-    weights, row_sums, class_sums = weighed
+    weights, row_sums, class_sums, *_ = weighed
     width, features = weights.shape[-1], points.queries.dtype
     blocks, class_width = tiles.pull(points.raw, features, points.metric)
     raw_float16 = points.raw and features == torch.float16
@@ -452,6 +466,7 @@ def pull(
         NEED_PROTOTYPES=needs[1],
         FIRST=first_class == 0,
         LAST=first_class + width >= num_classes,
+        NEAR=points.near,
         RAW=points.raw,
         ACCUMULATOR=TRITON_DTYPES[points.dtype],
         # float16 has not the range of the weights: its products are taken as tf32.
