@@ -57,6 +57,7 @@ def test_cases_cover_every_row():
         "64 episodes 5-way 1-shot Q 75 D 640",
         "60-way 5-shot Q 300 D 1600",
         "60-way 5-shot Q 300 D 1600, sure answers",
+        "60-way 5-shot Q 300 D 1600, classes apart",
         "cross-entropy Q 512 × C 10000 × D 512",
         "nearest of 100000 classes Q 256 D 640",
         "class means 1000×5×640",

@@ -186,6 +186,17 @@ def _sure_episode(sizes, normal, labels) -> tuple:
     return scale * support, support_labels, scale * queries, *rest
 
 
+def _episode_of_classes_apart(sizes, normal, labels) -> tuple:
+    """Features as a trained network has them: each class around a point of its own, which is nearer than the others."""
+    support, support_labels, queries, query_labels, num_classes = _episode(sizes, normal, labels)
+    middle = _embedding(normal, num_classes, sizes["features"]) / 2  # not so far apart that answers are sure
+    support, queries = middle[support_labels] + support / 4, middle[query_labels] + queries / 4
+    return support, support_labels, queries, query_labels, num_classes
+
+
+_EPISODES = {"": _episode, "sure answers": _sure_episode, "classes apart": _episode_of_classes_apart}
+
+
 def _many_classes(sizes, normal, labels) -> tuple:
     queries = _embedding(normal, sizes["queries"], sizes["features"])
     prototypes = _embedding(normal, sizes["classes"], sizes["features"])
@@ -360,15 +371,14 @@ def _episodes(
     features: int,
     *figures: Figure,
     episodes: int | None = None,
-    sure: bool = False,
+    kind: str = "",
     **options,
 ) -> Case:
     sizes = {"classes": classes, "shots": shots, "queries": queries, "features": features}
-    label = "{classes}-way {shots}-shot Q {queries} D {features}" + (", sure answers" if sure else "")
+    label = "{classes}-way {shots}-shot Q {queries} D {features}" + (f", {kind}" if kind else "")
     if episodes:
         sizes, label = sizes | {"episodes": episodes}, "{episodes} episodes " + label
-    make = _sure_episode if sure else _episode
-    return _case(label, "prototypes", "prototypical_loss", sizes, make, _episode_work, figures, **options)
+    return _case(label, "prototypes", "prototypical_loss", sizes, _EPISODES[kind], _episode_work, figures, **options)
 
 
 def _cross_entropy(queries: int, classes: int, features: int, *figures: Figure, count=_cross_entropy_work, **options):
@@ -440,7 +450,8 @@ CPU_CASES = (
     _episodes(20, 5, 300, 64, Figure(2.5)),
     _episodes(5, 1, 75, 640, Figure(2.5), episodes=64),
     _episodes(60, 5, 300, 1600, Figure(1.5)),
-    _episodes(60, 5, 300, 1600, Figure(4), sure=True),
+    _episodes(60, 5, 300, 1600, Figure(4), kind="sure answers"),
+    _episodes(60, 5, 300, 1600, Figure(1), kind="classes apart"),
     _cross_entropy(
         512,
         10_000,
