@@ -1,9 +1,21 @@
 // Near pairs: what they add to gradients is taken from their differences. Their weights leave the block of weights of
-// which products are taken. Include after prototypes.h, which does.
+// which products are taken.
 #pragma once
+
+#include "points.h"
+
+#include <cstring>
+#include <utility>
+#include <vector>
 
 namespace fastda {
 namespace {
+
+// Whether gradients of so many are found by way of products, so that near pairs are to be known.
+inline bool worth_summing_products(int64_t queries, int64_t classes, int64_t features) {
+  constexpr int64_t worth_packing = 40;
+  return std::min({queries, classes, features}) >= worth_packing;
+}
 
 // The same pairs with what was a row as the sample; ordered by the rows, then by the samples.
 template <typename T>

@@ -296,7 +296,7 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
 // that is too much, or so little that products are not the way to the gradients.
 int64_t queries_held(const Sizes& n, bool in_gradient) {
   constexpr int64_t parts = 5, rows = 8, few = 64, little = 1 << 19, most = 1 << 22;  // the last two in distances
-  if (std::min({n.queries, n.classes, n.features}) < worth_packing) return 0;
+  if (!worth_summing_products(n.queries, n.classes, n.features)) return 0;
   if (in_gradient) return n.queries;
   const int64_t held = std::min(n.queries, std::max(blocks(blocks(n.queries, parts), rows) * rows, little / n.classes));
   return held * n.classes <= most && (held >= few || held == n.queries) ? held : 0;
