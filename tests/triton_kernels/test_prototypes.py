@@ -244,6 +244,11 @@ def far_clusters(dtype):
     [
         (near_duplicates, "euclidean", torch.float32),
         (far_clusters, "sqeuclidean", torch.float64),
+        (near_duplicates, "sqeuclidean", torch.float16),
+        pytest.param(near_duplicates, "sqeuclidean", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(near_duplicates, "euclidean", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(near_duplicates, "euclidean", torch.float16, marks=pytest.mark.slow),
+        pytest.param(far_clusters, "euclidean", torch.float16, marks=pytest.mark.slow),
         pytest.param(near_duplicates, "euclidean", torch.float64, marks=pytest.mark.slow),
         pytest.param(far_clusters, "euclidean", torch.float32, marks=pytest.mark.slow),
         pytest.param(near_duplicates, "sqeuclidean", torch.float32, marks=pytest.mark.slow),
