@@ -180,6 +180,54 @@ def test_half_precision_products_far_from_zero(dtype, small_tiles, half_products
     assert (fastda.pairwise_distance(queries, queries, metric="euclidean").diagonal() == 0).all()
 
 
+@pytest.fixture
+def tf32_products(monkeypatch):
+    """Products that are to be taken in TF32 read 10 bits of mantissa of their operands; the interpreter reads all."""
+    import numpy as np
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter
+
+    exact = interpreter.InterpreterBuilder.create_dot
+
+    def read(operand):
+        bits = operand.data.astype(np.float32).view(np.int32) & -0x2000
+        return interpreter.TensorHandle(bits.view(np.float32), operand.dtype)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if input_precision == ir.INPUT_PRECISION.TF32:
+            a, b = read(a), read(b)
+        return exact(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_float16_gradients_far_from_zero(metric, small_tiles, half_products, tf32_products):
+    """Weights that TF32 products round, and sums of them do not, would leave their rounding times the mean."""
+    draw = Draw(Sizes(features=64))
+    queries, prototypes = (draw.normal(20, 64, mean=40.0, deviation=0.3).half() for _ in range(2))
+    arguments = {"queries": queries, "prototypes": prototypes, "metric": metric}
+    got = results(fastda.pairwise_distance, arguments)
+    expected = results(fastda.reference.pairwise_distance, map_floating(arguments, lambda _, x: x.double()))
+    for name in ("gradient of queries", "gradient of prototypes"):
+        allowed = torch.finfo(torch.float16).eps * expected[name].norm()
+        assert (got[name].double() - expected[name]).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("value", [1.0, -3.0, 1e-30, 0.0, torch.inf, -torch.inf, torch.nan])
+def test_rounded_to_tf32(value):
+    """To nearest, within half of the last of 10 bits of mantissa; what is not finite stays, NaN of all bits too."""
+    from rounding_kernels import round_kernel
+
+    x = value * (1 + torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    if value != value:
+        x = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    out = torch.empty(64)
+    round_kernel[(1,)](x, out)
+    assert_close(out, x, rtol=2.0**-11, atol=0.0, equal_nan=True)
+    assert (out.view(torch.int32) % 2**13 == 0)[out.isfinite()].all()
+
+
 def with_a_bad_element(op, bad, place):
     arguments = op.arguments(Draw(Sizes(batch=(2,), features=16)))
     names = list(op.differentiable(arguments))

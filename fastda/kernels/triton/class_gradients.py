@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .many_classes import class_of, distance_tile, points_of
-from .points import add_differences, kernel, load_rows, located, weights_of
+from .points import add_differences, kernel, load_rows, located, rounded_to_tf32, weights_of
 
 
 @kernel
@@ -55,6 +55,7 @@ def weights_kernel(
     SMOOTHING: tl.constexpr,
     SLOPES: tl.constexpr,
     NEAR: tl.constexpr,
+    TF32: tl.constexpr,
     RAW: tl.constexpr,
     CLOSE: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -138,6 +139,8 @@ def weights_kernel(
             slope += tl.load(out, in_rows, other=0.0)
         tl.store(out, slope, in_rows)
     weight = weights_of(of_logit, distance, t, METRIC).to(weights.dtype.element_ty)
+    if TF32 and METRIC != "cosine":  # as the products round them, or x Σ w − Σ w y would not cancel far from 0
+        weight = rounded_to_tf32(weight)
     offsets = place[:, None] * width + local[None, :]
     if NEAR:
         of_near = weight

@@ -96,6 +96,13 @@ def weights_of(of_logit, distance, temperature, METRIC: tl.constexpr):
         return tl.where(distance == 0.0, 0.0, of_logit * (-1.0 / temperature) / distance)
 
 
+@triton.jit
+def rounded_to_tf32(x):
+    """float32 with the 10 bits of mantissa that products in TF32 read, to nearest."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a carry would make a number of some NaN
+
+
 @kernel
 def directions_kernel(
     x,  # (batch, rows, D)

@@ -60,6 +60,12 @@ class Points:
         return self.metric != "cosine" and not self.raw
 
     @property
+    def tf32(self) -> bool:
+        """Whether gradients multiply float16 features by weights in TF32: their own dtype has not the weights' range.
+        On AMD float32 products take their place."""
+        return self.raw and self.queries.dtype == torch.float16 and not torch.version.hip
+
+    @property
     def blocks(self) -> tiles.Blocks:
         return tiles.class_tile(self.raw, self.queries.dtype, self.metric)
 
@@ -315,6 +321,7 @@ def gradients(
             SMOOTHING=label_smoothing,
             SLOPES=need_temperature,
             NEAR=points.near,
+            TF32=points.tf32,
             **points.constants(blocks),
         )
         if need_queries or need_prototypes:
@@ -469,9 +476,8 @@ def pull(
         NEAR=points.near,
         RAW=points.raw,
         ACCUMULATOR=TRITON_DTYPES[points.dtype],
-        # float16 has not the range of the weights: its products are taken as tf32.
         OPERAND=tl.float32 if raw_float16 else operand(features, weights.device),
-        PRECISION="tf32" if raw_float16 and not torch.version.hip else precision(),
+        PRECISION="tf32" if points.tf32 else precision(),
         BLOCK=blocks.rows,
         WIDTH=blocks.columns,
         CLASS_WIDTH=class_width,
