@@ -314,6 +314,37 @@ def test_gradients_that_sum_over_thousands_of_queries(kind, op, metric):
     assert_as_accurate_as_reference(*functions, {"support": support, "queries": queries})
 
 
+@each_op_of_many
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_gradients_of_pairs_that_are_near_beside_points_that_are_infinitely_far(op, options, metric):
+    """Of these, each gradient is infinite or NaN where the reference's is; of the others, no less exact."""
+    support, queries = near_pairs("in clusters", 60)
+    support[7, 3], queries[5] = -math.inf, math.inf
+    options = options | {"metric": metric}
+    functions = (functools.partial(of_many, op, module, **options) for module in (fastda, fastda.reference))
+    assert_as_accurate_as_reference(*functions, {"support": support, "queries": queries})
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_gradients_of_the_nearest_beside_points_that_are_infinitely_far(metric):
+    support, queries = near_pairs("almost equal", 1100, 512)
+    support[1099, 0] = math.inf  # in another block of classes than most
+    functions = (
+        lambda support, queries, module=module: module.nearest_prototype(queries, support, metric=metric)[0]
+        for module in (fastda, fastda.reference)
+    )
+    assert_as_accurate_as_reference(*functions, {"support": support, "queries": queries})
+
+
+def test_distances_of_a_class_are_not_all_off_by_what_its_norm_was_rounded_by():
+    """Points on a grid, so that nothing else is rounded alike in all of them; over the queries, the rest averages out."""
+    draw = Draw(Sizes(features=64))
+    prototypes, queries = ((4096 * draw.samples(count)).round() / 4096 for count in (60, 4096))
+    exact = fastda.reference.pairwise_distance(queries.double(), prototypes.double())
+    error = (fastda.pairwise_distance(queries, prototypes).double() - exact).mean(0) / exact.mean(0)
+    assert error.square().mean().sqrt() < torch.finfo(torch.float32).eps / 10
+
+
 @each_kind
 @each_op_of_many
 def test_gradients_of_pairs_that_are_near_do_not_depend_on_threads(kind, op, options):

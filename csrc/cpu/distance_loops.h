@@ -118,11 +118,11 @@ template <typename T, bool product>
 void sum_features_of(const T* q, int64_t q_stride, int64_t queries, const T* p, int64_t p_stride, int64_t classes,
                      int64_t depth, T* out, int64_t out_stride) {
   using G = Grid<T>;
-  constexpr int64_t near = 4 * G::classes;  // classes that stay in the first cache
+  constexpr int64_t at_once = 4 * G::classes;  // classes that stay in the first cache
   T sums[G::queries * G::classes + G::lanes];
   const T *q_rows[G::queries], *p_rows[G::classes];
-  for (int64_t first = 0; first < classes; first += near) {
-    const int64_t last = least(first + near, classes);
+  for (int64_t first = 0; first < classes; first += at_once) {
+    const int64_t last = least(first + at_once, classes);
     for (int64_t i = 0; i < queries; i += G::queries) {
       const int64_t some_queries = least(G::queries, queries - i);
       for (int64_t r = 0; r < G::queries; ++r) q_rows[r] = q + (i + least(r, some_queries - 1)) * q_stride;
@@ -526,9 +526,9 @@ T squared_distance(const T* q, const T* p, int64_t depth) {
   return result;
 }
 
-// Products become distances; for the Euclidean ones ‖q‖² − 2q·p + ‖p‖². Near pairs, where these cancel, overflow or are
-// NaN, are taken from differences; `near`, where it is not null, is set if there are any, and their distances are
-// negated.
+// Products become distances; for the Euclidean ones ‖q‖² − 2q·p + ‖p‖², taken from differences where these cancel,
+// overflow or are NaN. Where these are finite the pair is near: `near`, if it is not null, is set if there are any, and
+// their distances are negated, −0 included, until NearPairs::find has found them.
 template <typename T>
 void distances_from_products(Metric metric, const T* products, int64_t products_stride, const T* q, int64_t q_stride,
                              const T* q_norms, int64_t queries, const T* p, int64_t p_stride, const T* p_norms,
@@ -555,7 +555,7 @@ void distances_from_products(Metric metric, const T* products, int64_t products_
       if (squared >= cancels * squares && squares < infinity) continue;
       out[c] = squared_distance(q + i * q_stride, p + c * p_stride, depth);
       if (metric == Metric::euclidean) out[c] = std::sqrt(out[c]);
-      if (!near) continue;
+      if (!near || !(out[c] < infinity)) continue;
       out[c] = -out[c];
       *near = true;
     }

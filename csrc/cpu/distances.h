@@ -174,11 +174,11 @@ void find_distances(const Points<T>& q, Range queries, const Points<T>& p, Metri
 template <typename T>
 NearPairs<T> find_distances_and_near(const Points<T>& q, Range queries, const Points<T>& p, Metric metric, T* out,
                                      int64_t stride) {
-  NearPairs<T> near;
+  NearPairs<T> near(queries.size(), p.count());
   if (!worth_summing_products(queries.size(), p.count(), q.features())) {
     find_distances(q, queries, p, metric, out, stride);
   } else if (PackedQueries<T>(q, queries, metric).find_distances(p, out, stride, true)) {
-    near.find(out, stride, queries.size(), p.count());
+    find_near(out, stride, queries.size(), p.count(), [&](int64_t i, int64_t c) { near.keep(i, c); });
   }
   return near;
 }

@@ -17,8 +17,6 @@ struct Weights {
   int64_t row, step;
 };
 
-constexpr int64_t rows_at_once = 120;  // of a sum over samples
-
 // Σ_k w_k (x − y_k) = (x − c) Σ_k w_k − Σ_k w_k (y_k − c), for the cosine Σ_k w_k y_k, where there are many rows x and
 // many samples y: some rows and columns. The samples pass by as deep as a panel. totals: Σ_k w_k of each row.
 template <typename T>
@@ -86,9 +84,9 @@ template <typename T>
 void sum_differences(const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Metric metric,
                      Put put, T* out) {
   // Where rows outnumber samples, rows pass by and the samples stay; else the other way round.
-  constexpr int64_t few_rows = 10;
+  constexpr int64_t few_rows = 10, many_rows = 120;
   const bool by_row = rows.size() >= samples.size();
-  const int64_t most_rows = by_row ? few_rows : rows_at_once, count = samples.size();
+  const int64_t most_rows = by_row ? few_rows : many_rows, count = samples.size();
   const int64_t most_columns = by_row ? std::max<int64_t>(x.depth(), 1) : 8 * vector_bytes / sizeof(T);
   const int64_t row_blocks = blocks(rows.size(), most_rows), column_blocks = blocks(x.depth(), most_columns);
   const int64_t work = std::min(rows.size(), most_rows) * most_columns * count;
@@ -132,7 +130,8 @@ void gradients_from_weights(const Points<T>& q, Range queries, const Points<T>& 
                             const NearPairs<T>& near, Metric metric, Put put_queries, T* grad_queries,
                             Put put_prototypes, T* grad_prototypes) {
   const int64_t classes = p.count(), work = queries.size() * classes * q.depth();
-  const bool packed = worth_summing_products(queries.size(), classes, q.features()) && q.is_finite() && p.is_finite();
+  const bool packed = worth_summing_products(queries.size(), classes, q.features()) && !near.too_many() &&
+                      q.is_finite() && p.is_finite();
   const std::vector<T> centre = packed ? centre_for(q, queries, metric) : std::vector<T>();
   const auto sum = [&](const Points<T>& x, Range rows, const Points<T>& y, Range samples, Weights<T> w, Put put,
                        T* out) {

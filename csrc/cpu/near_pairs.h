@@ -4,7 +4,6 @@
 
 #include "points.h"
 
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -17,14 +16,19 @@ inline bool worth_summing_products(int64_t queries, int64_t classes, int64_t fea
   return std::min({queries, classes, features}) >= worth_packing;
 }
 
-// The same pairs with what was a row as the sample; ordered by the rows, then by the samples.
+// The same pairs with what was a row as the sample; ordered by the rows, then by the samples, if those that had one
+// sample were ordered by their rows.
 template <typename T>
-std::vector<NearPair<T>> turned(std::vector<NearPair<T>> pairs) {
-  for (NearPair<T>& pair : pairs) std::swap(pair.row, pair.sample);
-  std::sort(pairs.begin(), pairs.end(), [](const NearPair<T>& a, const NearPair<T>& b) {
-    return std::pair(a.row, a.sample) < std::pair(b.row, b.sample);
-  });
-  return pairs;
+std::vector<NearPair<T>> turned(const std::vector<NearPair<T>>& pairs) {
+  std::vector<int64_t> place;
+  for (const NearPair<T>& pair : pairs) {
+    if (pair.sample + 1 >= static_cast<int64_t>(place.size())) place.resize(pair.sample + 2);
+    ++place[pair.sample + 1];
+  }
+  for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
+  std::vector<NearPair<T>> result(pairs.size());
+  for (const NearPair<T>& pair : pairs) result[place[pair.sample]++] = {pair.sample, pair.row, pair.weight};
+  return result;
 }
 
 // Which of some pairs, ordered by their rows, have one of these rows.
@@ -45,33 +49,38 @@ void add_near(const std::vector<NearPair<T>>& pairs, Range some, const Points<T>
                             y.stride(), columns.begin, columns.end, out, x.features()));
 }
 
-// Those of a block of queries and classes.
+// Calls found(query, class) for the pairs whose distances are negated, distances[q · stride + c], which they then are no
+// longer.
+template <typename T, typename Found>
+void find_near(T* distances, int64_t stride, int64_t queries, int64_t classes, const Found& found) {
+  for (int64_t i = 0; i < queries; ++i, distances += stride) {
+    bool any = false;
+    FASTDA_RUN(has_near(distances, classes, &any));
+    for (int64_t c = 0; any && c < classes; ++c) {
+      if (!std::signbit(distances[c]) || std::isnan(distances[c])) continue;
+      distances[c] = -distances[c];
+      found(i, c);
+    }
+  }
+}
+
+// Those of a block of queries and classes. Where these are too many, none are told apart: then all differences are taken
+// one by one.
 template <typename T>
 class NearPairs {
  public:
-  // Those whose distances are negated, distances[q · stride + c], which they then are no longer. The first query and
-  // class have these numbers.
-  void find(T* distances, int64_t stride, int64_t queries, int64_t classes, int64_t first_query = 0,
-            int64_t first_class = 0) {
-    for (int64_t i = 0; i < queries; ++i, distances += stride) {
-      bool any = false;
-      FASTDA_RUN(has_near(distances, classes, &any));
-      for (int64_t c = 0; any && c < classes; ++c) {
-        if (!std::signbit(distances[c])) continue;
-        distances[c] = -distances[c];
-        by_query_.push_back({first_query + i, first_class + c, 0});
-      }
-    }
-  }
+  NearPairs() = default;
+  NearPairs(int64_t queries, int64_t classes) : most_(blocks(queries * classes, 4)) {}
 
-  // Those that are marked, marks[q · classes + c].
-  void find_marked(const bool* marks, int64_t queries, int64_t classes) {
-    const bool *mark = marks, *end = marks + queries * classes;
-    while ((mark = static_cast<const bool*>(std::memchr(mark, true, end - mark)))) {
-      by_query_.push_back({(mark - marks) / classes, (mark - marks) % classes, 0});
-      ++mark;
+  void keep(int64_t query, int64_t c) {
+    too_many_ = too_many_ || static_cast<int64_t>(by_query_.size()) == most_;
+    if (too_many_) {
+      by_query_ = {};
+    } else {
+      by_query_.push_back({query, c, 0});
     }
   }
+  bool too_many() const { return too_many_; }
 
   // Their weights, weights[q · stride + c], which are 0 then.
   void take(T* weights, int64_t stride) {
@@ -98,9 +107,9 @@ class NearPairs {
     });
   }
 
-  const std::vector<NearPair<T>>& by_query() const { return by_query_; }
-
  private:
+  int64_t most_ = 0;
+  bool too_many_ = false;
   std::vector<NearPair<T>> by_query_, by_prototype_;
 };
 

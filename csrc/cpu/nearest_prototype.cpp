@@ -110,7 +110,7 @@ void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const S
   for_blocks<T>(p, b, n, [&](int64_t first, const Points<T>& to) {
     T* of_block = grad_prototypes ? grad_prototypes + first * n.features : nullptr;
     for_blocks(n, [&](Range some) {
-      find_distances(from, some, to, n.metric, weights.data(), to.count());
+      NearPairs<T> near = find_distances_and_near(from, some, to, n.metric, weights.data(), to.count());
       std::fill(grads.data(), grads.data() + some.size() * to.count(), T(0));
       for (int64_t i = some.begin; i < some.end; ++i) {
         T* grad = grads.data() + (i - some.begin) * to.count();
@@ -120,8 +120,9 @@ void gradients_of_all(const Points<T>& from, const Tensor& p, int64_t b, const S
         T* row = weights.data() + (i - some.begin) * to.count();
         FASTDA_RUN(weights_from_distances(row, to.empty(), to.count(), n.metric, grad));
       }
-      gradients_from_weights(from, some, to, weights.data(), to.count(), NearPairs<T>(), n.metric,
-                             put_or_add(first > 0), grad_queries, put_or_add(some.begin > 0), of_block);
+      near.take(weights.data(), to.count());
+      gradients_from_weights(from, some, to, weights.data(), to.count(), near, n.metric, put_or_add(first > 0),
+                             grad_queries, put_or_add(some.begin > 0), of_block);
     });
     if (of_block) finish_prototypes(to, of_block);
   });

@@ -65,8 +65,9 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
       const int64_t at_once = queries_at_once(n, n.classes), stride = row_stride<T>(n.classes);
       const Scratch<T> weights(at_once * stride);
       for_ranges(n.queries, at_once, [&](Range block) {
-        NearPairs<T> near;
-        if (n.metric == Metric::euclidean || worth_summing_products(block.size(), n.classes, n.features)) {
+        NearPairs<T> near(block.size(), n.classes);
+        const bool packs = worth_summing_products(block.size(), n.classes, n.features);
+        if (n.metric == Metric::euclidean || (n.metric == Metric::sqeuclidean && packs)) {
           near = find_distances_and_near(from, block, to, n.metric, weights.data(), stride);
         }
         for_queries<T>(block, 0, [&](int64_t i, T*) {

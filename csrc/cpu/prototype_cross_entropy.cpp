@@ -363,7 +363,7 @@ class LossAndGradients {
     const int64_t queries = held.queries().size();
     const Scratch<T> largest(held.panels() * queries), sums(held.panels() * queries);
     std::atomic<bool> served{true};
-    near_.clear();
+    near_count_ = 0;
     held.find(
         from_, n_.metric, centre_, [&](Range classes) { return prototypes(classes); },
         [&](int64_t panel, Range some, bool near) {
@@ -380,20 +380,33 @@ class LossAndGradients {
     if (!served) return false;
     state_.join(held, largest.data(), sums.data());
     state_.finish(held.queries(), n_.classes);
-    near_ = turned(std::move(near_));
+    near_ = all_near();
     return true;
   }
 
   // The near pairs of some queries and a panel, which were found on any thread; false where they take too much room.
   bool keep_near(const HeldDistances<T>& held, int64_t panel, Range some) {
     const Range classes = held.classes(panel);
-    NearPairs<T> near;
-    near.find(held.tile(panel) + (some.begin - held.queries().begin) * held.columns(), held.columns(), some.size(),
-              classes.size(), some.begin, classes.begin);
+    std::vector<NearPair<T>> near;
+    find_near(held.tile(panel) + (some.begin - held.queries().begin) * held.columns(), held.columns(), some.size(),
+              classes.size(), [&](int64_t i, int64_t c) { near.push_back({some.begin + i, classes.begin + c, 0}); });
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (static_cast<int64_t>(near_.size() + near.by_query().size()) > most_near) return false;
-    near_.insert(near_.end(), near.by_query().begin(), near.by_query().end());
+    near_count_ += static_cast<int64_t>(near.size());
+    if (near_count_ > most_near) return false;
+    found_near_.push_back(std::move(near));
     return true;
+  }
+
+  // All of them, by prototype, in the same order whoever found them.
+  std::vector<NearPair<T>> all_near() {
+    const auto none = [](const auto& near) { return near.empty(); };
+    found_near_.erase(std::remove_if(found_near_.begin(), found_near_.end(), none), found_near_.end());
+    std::sort(found_near_.begin(), found_near_.end(),
+              [](const auto& a, const auto& b) { return a.front().row < b.front().row; });
+    std::vector<NearPair<T>> all;
+    for (const auto& near : found_near_) all.insert(all.end(), near.begin(), near.end());
+    found_near_.clear();
+    return turned(all);
   }
 
   // Those of a block of classes, by query; classes are counted from its first one.
@@ -401,7 +414,7 @@ class LossAndGradients {
     const Range its = those_of(near_, classes);
     std::vector<NearPair<T>> pairs(near_.begin() + its.begin, near_.begin() + its.end);
     for (NearPair<T>& pair : pairs) pair.row -= classes.begin;
-    return turned(std::move(pairs));
+    return turned(pairs);
   }
 
   void take_gradients(const HeldDistances<T>& held) {
@@ -496,13 +509,13 @@ class LossAndGradients {
 
   // Of so many classes of one tile, the first of which is `c` of the block.
   void sum_over_queries(const Terms& terms, Range classes, const Points<T>& to, int64_t c, int64_t count) {
-    constexpr int64_t near = 512;  // queries, whose panel stays in the second cache
+    constexpr int64_t at_once = 512;  // queries, whose panel stays in the second cache
     const Range all = terms.held.queries();
     const int64_t columns = terms.held.columns();
     const T* weights = terms.weights(c / columns) + c % columns;
     double* totals = of_classes_.data() + classes.begin + c;
     FASTDA_RUN(totals_of_weights(weights, 1, columns, count, all.size(), totals));
-    for_ranges(all.size(), near, [&](Range some) {
+    for_ranges(all.size(), at_once, [&](Range some) {
       const bool last = all.begin + some.end == n_.queries;
       for (int64_t d = 0; d < n_.features; d += columns) {
         FASTDA_RUN(sum_over_queries(n_.metric == Metric::cosine, weights + some.begin * columns, count,
@@ -524,7 +537,9 @@ class LossAndGradients {
   const std::vector<T> centre_;
   std::vector<double> of_queries_, of_classes_, slopes_;
   std::mutex mutex_;
-  std::vector<NearPair<T>> near_;  // of the queries whose distances are held, by prototype
+  int64_t near_count_ = 0;
+  std::vector<std::vector<NearPair<T>>> found_near_;  // of a panel and some queries each
+  std::vector<NearPair<T>> near_;                     // of the queries whose distances are held, by prototype
 };
 
 // The cross-entropy and its gradients in one pass.

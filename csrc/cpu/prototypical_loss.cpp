@@ -66,9 +66,8 @@ Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Te
         if (!products) {
           find_distances_one_by_one(from, some, to, n.metric, distances, n.classes);
         } else if (packed->find_distances(from, some, distances, n.classes, ask_near)) {
-          NearPairs<T> found;
-          found.find(distances, n.classes, some.size(), n.classes);
-          for (const NearPair<T>& pair : found.by_query()) mark[pair.row * n.classes + pair.sample] = true;
+          find_near(distances, n.classes, some.size(), n.classes,
+                    [&](int64_t i, int64_t c) { mark[i * n.classes + c] = true; });
         }
         const FlushToZero flush;
         FASTDA_RUN(losses_of_queries(distances, to.empty(), some.size(), n.classes, n.metric,

@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <cstring>
 #include <tuple>
 
 #include "metric.h"
@@ -45,7 +46,8 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
 template <typename T>
 bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride,
                           const NearPairs<T>& near, Metric metric, T* grad_queries, T* grad_prototypes) {
-  if (!worth_summing_products(q.count(), p.count(), q.features()) || !p.is_finite()) return false;
+  if (!worth_summing_products(q.count(), p.count(), q.features()) || near.too_many()) return false;
+  if (!p.is_finite()) return false;
   std::vector<double> of_queries(q.count(), 0), of_classes(p.count(), 0);
   FASTDA_RUN(totals_of_weights(weights, stride, 1, q.count(), p.count(), of_queries.data()));
   FASTDA_RUN(totals_of_weights(weights, 1, stride, p.count(), q.count(), of_classes.data()));
@@ -118,11 +120,12 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
                               incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
                               scaled.data(), stride));
       }
-      NearPairs<T> pairs;
-      if (worth_summing_products(n.queries, n.classes, n.features)) {
-        pairs.find_marked(marks.const_data_ptr<bool>() + b * distances, n.queries, n.classes);
-        pairs.take(scaled.data(), stride);
+      NearPairs<T> pairs(n.queries, n.classes);
+      const bool *first = marks.const_data_ptr<bool>() + b * distances, *end = first + distances;
+      for (const bool* mark = first; (mark = static_cast<const bool*>(std::memchr(mark, true, end - mark))); ++mark) {
+        pairs.keep((mark - first) / n.classes, (mark - first) % n.classes);
       }
+      pairs.take(scaled.data(), stride);
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
       const bool one_pass = need_queries && need_support && n.classes <= most_groups * classes_of_group;
       const bool once = need_queries && n.metric != Metric::cosine && (!one_pass || n.classes <= classes_of_group);
