@@ -147,7 +147,10 @@ def episode(num_classes: int, dtype: torch.dtype) -> Blocks:
 def episode_gradient(num_classes: int, dtype: torch.dtype) -> Blocks:
     """Queries (rows) and features (depth) of a program, and all classes (columns)."""
     classes = power_of_two(num_classes)
-    return Blocks(32, classes, classes_depth(classes, dtype), 8 if classes > 16 else 4, 2 if classes > 16 else 1)
+    depth = classes_depth(classes, dtype)
+    if classes == 16:
+        return Blocks(32, classes, depth, 4, 1)
+    return Blocks(32, classes, depth, 8, 2, registers=224 if classes == 32 else 0)
 
 
 def power_of_two(num_classes: int) -> int:
@@ -190,7 +193,9 @@ def nearest(blocks: Blocks, slots: int) -> Blocks:
     """The same for a search, which keeps `slots` neighbours of each query in registers beside their distances."""
     if blocks.rows == 128:
         return dataclasses.replace(blocks, rows=64 if slots > 8 else 128, columns=64)
-    more = {"num_stages": 1, "registers": 224} if slots > 8 and blocks.rows == 64 else {}
+    more = {}
+    if blocks.rows == 64:
+        more = {"num_stages": 1, "registers": 224} if slots > 8 else {"num_warps": 8, "registers": 240}
     return dataclasses.replace(blocks, **more)
 
 
@@ -198,7 +203,7 @@ def weights(blocks: Blocks, mode: str) -> Blocks:
     """The same for the weights of a gradient, or sums of them: incoming gradients make another tile beside that of the
     distances, and so do near pairs; those of a search one that is compared with every neighbour."""
     if mode == "neighbours" and blocks.rows > 32:
-        return dataclasses.replace(blocks, rows=64, columns=64, num_warps=8, registers=224)
+        return dataclasses.replace(blocks, rows=64, columns=64, num_warps=8, registers=255)
     if mode != "logits" and blocks.rows == 64 and blocks.num_warps == 4:
         return dataclasses.replace(blocks, num_warps=8, registers=240)
     return blocks
