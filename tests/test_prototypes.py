@@ -337,7 +337,7 @@ def test_gradients_of_the_nearest_beside_points_that_are_infinitely_far(metric):
 
 
 def test_distances_of_a_class_are_not_all_off_by_what_its_norm_was_rounded_by():
-    """Points on a grid, so that nothing else is rounded alike in all of them; over the queries, the rest averages out."""
+    """On a grid, where nothing else is rounded alike in all of them; over the queries, the rest averages out."""
     draw = Draw(Sizes(features=64))
     prototypes, queries = ((4096 * draw.samples(count)).round() / 4096 for count in (60, 4096))
     exact = fastda.reference.pairwise_distance(queries.double(), prototypes.double())

@@ -37,8 +37,8 @@ class PackedQueries {
     });
   }
 
-  // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p. Whether there are near pairs, whose
-  // distances are negated then, where that is asked for.
+  // out[(q − queries.begin) · stride + c]: the distance from query q to class c of p. Whether there are near pairs,
+  // whose distances are negated then, where that is asked for.
   bool find_distances(const Points<T>& p, T* out, int64_t stride, bool ask_near) const {
     std::atomic<bool> near{false};
     const int64_t panels = blocks(p.count(), shape_.columns), panel_size = (q_.depth() + 2) * shape_.columns;

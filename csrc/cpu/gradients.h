@@ -1,5 +1,5 @@
-// The gradients of queries and prototypes, Σ_k w_k (x − y_k), from a block of weights: by products where there are many,
-// else as sums of differences.
+// The gradients of queries and prototypes, Σ_k w_k (x − y_k), from a block of weights: by products where there are
+// many, else as sums of differences.
 #pragma once
 
 #include "near_pairs.h"

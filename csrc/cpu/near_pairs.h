@@ -49,8 +49,8 @@ void add_near(const std::vector<NearPair<T>>& pairs, Range some, const Points<T>
                             y.stride(), columns.begin, columns.end, out, x.features()));
 }
 
-// Calls found(query, class) for the pairs whose distances are negated, distances[q · stride + c], which they then are no
-// longer.
+// Calls found(query, class) for the pairs whose distances are negated, distances[q · stride + c], which they then are
+// no longer.
 template <typename T, typename Found>
 void find_near(T* distances, int64_t stride, int64_t queries, int64_t classes, const Found& found) {
   for (int64_t i = 0; i < queries; ++i, distances += stride) {
@@ -64,8 +64,8 @@ void find_near(T* distances, int64_t stride, int64_t queries, int64_t classes, c
   }
 }
 
-// Those of a block of queries and classes. Where these are too many, none are told apart: then all differences are taken
-// one by one.
+// Those of a block of queries and classes. Where these are too many, none are told apart: then all differences are
+// taken one by one.
 template <typename T>
 class NearPairs {
  public:

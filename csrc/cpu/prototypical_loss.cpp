@@ -1,5 +1,5 @@
-// The prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries. It leaves
-// behind the weights that its gradients are taken from.
+// The prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries. It
+// leaves behind the weights that its gradients are taken from.
 #include "../autograd.h"
 #include "../common.h"
 
