@@ -34,8 +34,3 @@ def test_a_summary_of_each_target_then_its_kernels():
 def test_a_part_says_that_it_is_one():
     text = markdown(RECORD | {"complete": False, "cases": ["coral", "5-way"]})
     assert "Cut short" in text and "names: coral, 5-way." in text
-
-
-def test_a_note_stands_before_the_tables():
-    text = markdown(RECORD | {"note": "Those of episodes are of an earlier revision."})
-    assert text.index("earlier revision.\n\n") < text.index("| target |")

@@ -19,13 +19,6 @@ struct Grid {
   typedef T Vector __attribute__((vector_size(FASTDA_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 
   static Vector load(const T* x) { return *reinterpret_cast<const Vector*>(x); }
-  // No more than `width` of its lanes; the others are 0.
-  static Vector load(const T* x, int64_t width) {
-    if (width >= lanes) return load(x);
-    Vector value = {};
-    for (int64_t c = 0; c < width; ++c) value[c] = x[c];
-    return value;
-  }
   static void store(T* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
   // Past the caches; `to` is aligned to whole vectors.
   static void stream(T* to, Vector value) {

@@ -120,17 +120,18 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
                               incoming + b * (n.reduces ? 1 : n.queries), n.reduces ? 0 : 1, n.reduces ? share : T(1),
                               scaled.data(), stride));
       }
-      NearPairs<T> pairs(n.queries, n.classes);
-      const bool *first = marks.const_data_ptr<bool>() + b * distances, *end = first + distances;
-      for (const bool* mark = first; (mark = static_cast<const bool*>(std::memchr(mark, true, end - mark))); ++mark) {
-        pairs.keep((mark - first) / n.classes, (mark - first) % n.classes);
-      }
-      pairs.take(scaled.data(), stride);
       T* grad_queries = need_queries ? data<T>(of_queries) + b * n.queries * n.features : nullptr;
       const bool one_pass = need_queries && need_support && n.classes <= most_groups * classes_of_group;
       const bool once = need_queries && n.metric != Metric::cosine && (!one_pass || n.classes <= classes_of_group);
       const Put put = once ? put_once(of_queries, grad_queries) : Put::store;
       T* prototype = need_support ? of_prototypes.data() : nullptr;
+      NearPairs<T> pairs(n.queries, n.classes);
+      const bool *first = marks.const_data_ptr<bool>() + b * distances, *end = first + distances;
+      for (const bool* mark = first;
+           !one_pass && (mark = static_cast<const bool*>(std::memchr(mark, true, end - mark))); ++mark) {
+        pairs.keep((mark - first) / n.classes, (mark - first) % n.classes);
+      }
+      pairs.take(scaled.data(), stride);
       if (one_pass) {
         gradients_in_one_pass(from, to, scaled.data(), stride, n.metric, put, grad_queries, prototype);
       } else if (!need_queries || !need_support ||

@@ -15,8 +15,6 @@ def markdown(record: dict) -> str:
     ]
     if record["cases"]:
         parts.append(f"Of the cases that have one of these in their names: {', '.join(record['cases'])}.")
-    if record.get("note"):
-        parts.append(record["note"])
     if not record["complete"]:
         parts.append("**Cut short: more kernels or targets belong here.**")
     parts.append(_table(_SUMMARY, [_summary(target, rows) for target in targets]))
