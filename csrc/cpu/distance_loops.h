@@ -20,6 +20,11 @@ struct Grid {
 
   static Vector load(const T* x) { return *reinterpret_cast<const Vector*>(x); }
   static void store(T* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
+  // Adds each lane to a sum of its own in float64.
+  static FASTDA_INLINE void add_in_float64(Vector value, double* sums) {
+    typedef double Wide __attribute__((vector_size(lanes * sizeof(double)), aligned(sizeof(double)), may_alias));
+    *reinterpret_cast<Wide*>(sums) += __builtin_convertvector(value, Wide);
+  }
   // Past the caches; `to` is aligned to whole vectors.
   static void stream(T* to, Vector value) {
 #if FASTDA_X86 && FASTDA_VECTOR_BYTES == 64
@@ -364,15 +369,12 @@ void pack_lanes(const T* x, int64_t stride, int64_t count, int64_t depth, const 
 #pragma GCC unroll 16
     for (int64_t i = 0; i < lanes; i += terms) {
       typename G::Vector sum = {};
-      T part[lanes];
 #pragma GCC unroll 4
       for (int64_t j = i; j < i + terms; ++j) {
         sum += x_rows[j] * x_rows[j];
         G::store(packed + (k + j) * width, x_rows[j]);
       }
-      G::store(part, sum);
-#pragma omp simd
-      for (int64_t r = 0; r < lanes; ++r) norm[r] += static_cast<double>(part[r]);
+      G::add_in_float64(sum, norm);
     }
   }
   for (int64_t i = 0; i < lanes; ++i) {
@@ -434,10 +436,15 @@ FASTDA_INLINE void put_rows(const typename Grid<T>::Vector (*sum)[vectors], int6
     }
     return;
   }
+  constexpr int64_t columns = vectors * G::lanes;
+  alignas(64) T values[all_rows * columns];  // indices that are not constant would take the sums out of registers
+#pragma GCC unroll 16
+  for (int r = 0; r < all_rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) G::store(values + r * columns + v * G::lanes, sum[r][v]);
+  }
   for (int64_t r = 0; r < rows; ++r, out += stride) {
-    for (int64_t v = 0; v < vectors && v * G::lanes < width; ++v) {
-      G::put(sum[r][v], add, out + v * G::lanes, width - v * G::lanes);
-    }
+    for (int64_t d = 0; d < width; d += G::lanes) G::put(G::load(values + r * columns + d), add, out + d, width - d);
   }
 }
 

@@ -34,31 +34,26 @@ FASTDA_INLINE void add_products_and_fetch(const T* a, int64_t step, int64_t row,
   }
 }
 
-// A few rows less the centre, ClassPanel::depth apart; adds their squares to the norms, where they are not null.
+// A few rows less the centre, ClassPanel::depth apart; adds their squares to `squares`, one sum for each lane, where
+// they are not null.
 template <typename T>
 FASTDA_INLINE void centre_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const T* centre, T* centred,
-                               double* norms) {
+                               double* squares) {
   using G = Grid<T>;
   for (int64_t r = 0; r < rows; ++r, x += stride, centred += ClassPanel<T>::depth) {
-    typename G::Vector squares = {};
+    typename G::Vector sum = {};
     for (int64_t k = 0; k < depth; k += G::lanes) {
       const typename G::Vector value = G::load(x + k) - G::load(centre + k);
       G::store(centred + k, value);
-      squares += value * value;
+      sum += value * value;
     }
-    if (!norms) continue;
-    T part[G::lanes];
-    G::store(part, squares);
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < G::lanes; ++i) sum += static_cast<double>(part[i]);
-    norms[r] += sum;
+    if (squares) G::add_in_float64(sum, squares + r * G::lanes);
   }
 }
 
 template <typename T, int vectors>
 void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, const T* panel,
-                         double* norms, T* out, int64_t out_stride) {
+                         double* squares, T* out, int64_t out_stride) {
   using P = ClassPanel<T>;
   constexpr int rows = P::rows_beside(vectors);
   alignas(64) T centred[rows * P::depth] = {};
@@ -68,7 +63,8 @@ void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t dept
     for (int64_t i = 0; i < count; i += rows) {
       const int64_t some = least(rows, count - i);
       const T* from = x + i * stride + k;
-      centre_rows(from, stride, some, some_depth, centre + k, centred, norms ? norms + i : nullptr);
+      centre_rows(from, stride, some, some_depth, centre + k, centred,
+                  squares ? squares + i * Grid<T>::lanes : nullptr);
       clear<T, vectors, rows>(sum);
       add_products_and_fetch<T, vectors, rows>(centred, 1, P::depth, panel + k * vectors * P::lanes, some_depth,
                                                from + rows * stride, stride, nullptr, 0, some_depth, sum);
@@ -87,13 +83,25 @@ void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t dept
     return run<T, ClassPanel<T>::vectors>(__VA_ARGS__);                               \
   } while (false)
 
-// Products of rows x, less the centre, with the columns of one panel, and the squared norms of the rows where they are
-// not null; these are to be 0 before.
+// Products of rows x, less the centre, with the columns of one panel, and the squares of each row, summed in as many
+// sums as there are lanes, where they are not null; these are to be 0 before.
 template <typename T>
 void products_of_rows(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, const T* panel,
-                      int64_t classes, double* norms, T* out, int64_t out_stride) {
-  FASTDA_WITH_CLASS_VECTORS(products_of_vectors, classes, x, stride, count, depth, centre, panel, norms, out,
+                      int64_t classes, double* squares, T* out, int64_t out_stride) {
+  FASTDA_WITH_CLASS_VECTORS(products_of_vectors, classes, x, stride, count, depth, centre, panel, squares, out,
                             out_stride);
+}
+
+// The squared norms of rows from these.
+template <typename T>
+void norms_of_rows(const double* squares, int64_t count, T* norms) {
+  constexpr int64_t lanes = Grid<T>::lanes;
+  for (int64_t i = 0; i < count; ++i, squares += lanes) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t r = 0; r < lanes; ++r) sum += squares[r];
+    norms[i] = static_cast<T>(sum);
+  }
 }
 
 // Points less one near them all, over the columns of a panel.
@@ -168,6 +176,8 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
   centre_columns_of<T, vectors>(of.p, of.p_stride, of.classes, of.centre, centred_p);
   const int64_t parts = (of.queries + most - 1) / most;
   const int64_t at_once = ((of.queries + parts - 1) / parts + whole - 1) / whole * whole;
+  const int64_t tiles = parts * ((of.classes + rows - 1) / rows), at_a_tile = (of.next_rows + tiles - 1) / tiles;
+  int64_t fetched = 0;
   for (int64_t first = 0; first < of.queries; first += at_once) {
     const int64_t last = least(first + at_once, of.queries);
     for (int64_t c = 0; c < of.classes; c += P::depth) {
@@ -176,6 +186,9 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
     }
     for (int64_t c = 0; c < of.classes; c += rows) {
       clear<T, vectors, rows>(sum);
+      for (const int64_t some = least(fetched + at_a_tile, of.next_rows); fetched < some; ++fetched) {
+        for (int v = 0; v < vectors; ++v) __builtin_prefetch(of.next + fetched * stride + v * G::lanes, 1, 2);
+      }
       add_products<T, vectors, rows>(of.w + first * of.w_stride + c, of.w_stride, 1, centred_q, last - first, sum);
       put_rows<T, vectors, rows>(sum, rows, columns, first > 0, sums + c * columns, columns);
     }
@@ -195,6 +208,26 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
 template <typename T>
 void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, T* grad_q, T* grad_p, int64_t stride, T* scratch) {
   FASTDA_WITH_CLASS_VECTORS(gradients_of_vectors, width, of, width, grad_q, grad_p, stride, scratch);
+}
+
+// Gradients of prototypes, divided by the counts of their classes, and those of the samples, each its class's; over so
+// many columns. A class is divided once, then copied: a division takes longer than memory does.
+template <typename T>
+void gradients_of_samples(T* grad_p, const int64_t* counts, int64_t classes, const int64_t* labels, int64_t samples,
+                          int64_t width, int64_t stride, T* grad_x) {
+  using G = Grid<T>;
+  for (int64_t c = 0; c < classes; ++c) {
+    const T count = static_cast<T>(counts[c] > 0 ? counts[c] : 1);
+    T* row = grad_p + c * stride;
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) row[d] /= count;
+  }
+  for (int64_t s = 0; s < samples; ++s, grad_x += stride) {
+    const T* row = grad_p + labels[s] * stride;
+    int64_t d = 0;
+    for (; d + G::lanes <= width; d += G::lanes) G::store(grad_x + d, G::load(row + d));
+    for (; d < width; ++d) grad_x[d] = row[d];
+  }
 }
 
 #undef FASTDA_WITH_CLASS_VECTORS

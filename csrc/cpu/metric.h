@@ -42,13 +42,15 @@ struct LossGradient {
 
 // What the gradients of an episode are taken from: points and one in their middle, weights w(q, c) at
 // w[q · w_stride + c], and the weights' sums over the classes and over the queries. Weights are read up to
-// class_panel_rows rows and columns further.
+// class_panel_rows rows and columns further. And the rows of a result that are written next, to be fetched meanwhile.
 template <typename T>
 struct EpisodeWeights {
   const T *q, *p, *w, *centre;
   const double *of_queries, *of_classes;
   int64_t queries, classes, q_stride, p_stride, w_stride;
   bool product;
+  const T* next;
+  int64_t next_rows;
 };
 
 inline Metric metric_of(c10::string_view name) {

@@ -53,16 +53,16 @@ class PackedClasses {
  private:
   void find_distances(const Points<T>& q, Range some, T* products, T* out, int64_t stride, bool* near) const {
     const int64_t count = some.size(), depth = p_.depth();
-    std::vector<double> squares(count, 0);
+    std::vector<double> squares(count * lanes_, 0);
     std::vector<T> norms(count);
     for (int64_t first = 0; first < p_.count(); first += columns_) {
       const int64_t classes = std::min(columns_, p_.count() - first);
       FASTDA_RUN(products_of_rows(q.row(some.begin), q.stride(), count, depth, centre_.data(),
                                   packed_.data() + first * depth, classes, first == 0 ? squares.data() : nullptr,
                                   products, columns_));
-      if (first == 0) std::copy(squares.begin(), squares.end(), norms.begin());
-      FASTDA_RUN(distances_from_products(metric_, products, columns_, q.row(some.begin), q.stride(),
-                                         norms.data(), count, p_.row(first), p_.stride(), norms_.data() + first,
+      if (first == 0) FASTDA_RUN(norms_of_rows(squares.data(), count, norms.data()));
+      FASTDA_RUN(distances_from_products(metric_, products, columns_, q.row(some.begin), q.stride(), norms.data(),
+                                         count, p_.row(first), p_.stride(), norms_.data() + first,
                                          rests_.data() + first, classes, depth, out + first, stride, near));
     }
   }

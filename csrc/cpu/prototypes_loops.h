@@ -114,14 +114,49 @@ struct Lanes {
   static constexpr int64_t count = Grid<T>::lanes;
   static constexpr T infinity = std::numeric_limits<T>::infinity();
 
+  using Vector = typename Grid<T>::Vector;
+
+  // Rows of up to `count` queries turned over, and back: as many classes at once as there are lanes, the rest of them
+  // one by one.
+  static void turn_over(const T* rows, int64_t queries, int64_t classes, T* turned) {
+    int64_t c = 0;
+    for (; c + count <= classes; c += count) {
+      Vector x[count];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) x[i] = Grid<T>::load(rows + least(i, queries - 1) * classes + c);
+      turn<1, count>(x, std::make_index_sequence<count>{});
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) Grid<T>::store(turned + (c + i) * count, x[i]);
+    }
+    for (; c < classes; ++c) {
+      for (int64_t i = 0; i < count; ++i) turned[c * count + i] = rows[least(i, queries - 1) * classes + c];
+    }
+  }
+  static void turn_back(const T* turned, int64_t queries, int64_t classes, T* rows) {
+    int64_t c = 0;
+    for (; c + count <= classes; c += count) {
+      Vector x[count];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) x[i] = Grid<T>::load(turned + (c + i) * count);
+      turn<1, count>(x, std::make_index_sequence<count>{});
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count; ++i) {
+        if (i < queries) Grid<T>::store(rows + i * classes + c, x[i]);
+      }
+    }
+    for (; c < classes; ++c) {
+      for (int64_t i = 0; i < queries; ++i) rows[i * classes + c] = turned[c * count + i];
+    }
+  }
+
   // The distances of up to `count` queries turned over, exp(l − largest) of their logits, and its sum.
   static void exponentials(const T* rows, int64_t queries, const uint8_t* empty, int64_t classes, T temperature,
                            T* distances, T* l, T* largest, T* sum) {
     T shift[count];
     for (int64_t i = 0; i < count; ++i) largest[i] = -infinity, sum[i] = 0;
+    turn_over(rows, queries, classes, distances);
     for (int64_t c = 0; c < classes; ++c) {
       T *d = distances + c * count, *of_class = l + c * count;
-      for (int64_t i = 0; i < count; ++i) d[i] = rows[least(i, queries - 1) * classes + c];
       logits<T>(d, nullptr, count, temperature, of_class);
       for (int64_t i = 0; empty && empty[c] && i < count; ++i) of_class[i] = -infinity;
 #pragma omp simd
@@ -176,8 +211,8 @@ void softmax_of_queries(T* rows, const uint8_t* empty, int64_t queries, int64_t 
 #pragma omp simd
         for (int64_t i = 0; i < lanes; ++i) p[i] *= share[i];
       }
-      for (int64_t i = 0; i < count; ++i) rows[i * classes + c] = p[i];
     }
+    Lanes<T>::turn_back(scratch, count, classes, rows);
   }
 }
 
@@ -218,8 +253,8 @@ void losses_of_queries(T* rows, const uint8_t* empty, int64_t queries, int64_t c
         slope[i] += static_cast<double>(w[i]) * static_cast<double>(d[i] - nearest[i]);
         w[i] = weight(w[i] * scale, d[i], metric);
       }
-      for (int64_t i = 0; i < count; ++i) rows[i * classes + c] = w[i];
     }
+    Lanes<T>::turn_back(scratch, count, classes, rows);
     for (int64_t i = 0; i < count; ++i) slopes[first + i] = static_cast<T>(slope[i] / squared);
   }
 }

@@ -40,12 +40,27 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
   });
 }
 
+// The gradients of the support's samples: those of their classes' prototypes, divided by how many a class has.
+template <typename T>
+struct SampleGradients {
+  const int64_t *counts, *labels;
+  int64_t classes, samples, features;
+  T* grad;
+
+  // In some columns, from those of the prototypes, which are divided for it.
+  void find(T* grad_prototypes, Range columns) const {
+    FASTDA_RUN(gradients_of_samples(grad_prototypes + columns.begin, counts, classes, labels, samples, columns.size(),
+                                    features, grad + columns.begin));
+  }
+};
+
 // The same for many classes, by products: a thread packs only what belongs to its columns, and reads the queries' once
-// for both. False where differences have to be taken one by one: of few, or of what is not finite (where queries are
-// not, their weights are not either).
+// for both. Those of the samples follow while the prototypes' are near, unless they are null. False where differences
+// have to be taken one by one: of few, or of what is not finite (where queries are not, their weights are not either).
 template <typename T>
 bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride,
-                          const NearPairs<T>& near, Metric metric, T* grad_queries, T* grad_prototypes) {
+                          const NearPairs<T>& near, Metric metric, T* grad_queries, T* grad_prototypes,
+                          const SampleGradients<T>* samples) {
   if (!worth_summing_products(q.count(), p.count(), q.features()) || near.too_many()) return false;
   if (!p.is_finite()) return false;
   std::vector<double> of_queries(q.count(), 0), of_classes(p.count(), 0);
@@ -62,13 +77,25 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
     const FlushToZero flush;
     const Scratch<T> scratch((shape.depth + 2 * p.count() + shape.rows) * width);
     for (int64_t d = begin * width; d < std::min(end * width, q.features()); d += width) {
-      const EpisodeWeights<T> of{
-          q.row(0) + d, p.row(0) + d, weights,   centre.data() + d, of_queries.data(), of_classes.data(), q.count(),
-          p.count(),    q.stride(),   p.stride(), stride,           metric == Metric::cosine};
+      const EpisodeWeights<T> of{q.row(0) + d,
+                                 p.row(0) + d,
+                                 weights,
+                                 centre.data() + d,
+                                 of_queries.data(),
+                                 of_classes.data(),
+                                 q.count(),
+                                 p.count(),
+                                 q.stride(),
+                                 p.stride(),
+                                 stride,
+                                 metric == Metric::cosine,
+                                 samples ? samples->grad + d : nullptr,
+                                 samples ? samples->samples : 0};
       const Range columns{d, std::min(d + width, q.features())};
       FASTDA_RUN(gradients_of_panel(of, columns.size(), grad_queries + d, grad_prototypes + d, q.features(),
                                     scratch.data()));
       near.add(q, {0, q.count()}, p, columns, grad_queries, grad_prototypes);
+      if (samples) samples->find(grad_prototypes, columns);
     }
   });
   return true;
@@ -125,6 +152,12 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       const bool once = need_queries && n.metric != Metric::cosine && (!one_pass || n.classes <= classes_of_group);
       const Put put = once ? put_once(of_queries, grad_queries) : Put::store;
       T* prototype = need_support ? of_prototypes.data() : nullptr;
+      const int64_t* labels = label.const_data_ptr<int64_t>() + b * n.support;
+      for (int64_t s = 0; s < n.support; ++s) check_label("support_labels", labels[s], n.classes);
+      const SampleGradients<T> samples{count.const_data_ptr<int64_t>() + b * n.classes, labels, n.classes, n.support,
+                                       n.features,
+                                       need_support ? data<T>(of_support) + b * n.support * n.features : nullptr};
+      const bool directions = n.metric == Metric::cosine;  // whose gradients go on by whole rows
       NearPairs<T> pairs(n.queries, n.classes);
       const bool *first = marks.const_data_ptr<bool>() + b * distances, *end = first + distances;
       for (const bool* mark = first;
@@ -132,32 +165,23 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
         pairs.keep((mark - first) / n.classes, (mark - first) % n.classes);
       }
       pairs.take(scaled.data(), stride);
+      bool samples_found = !need_support;
       if (one_pass) {
         gradients_in_one_pass(from, to, scaled.data(), stride, n.metric, put, grad_queries, prototype);
-      } else if (!need_queries || !need_support ||
-                 !gradients_by_columns(from, to, scaled.data(), stride, pairs, n.metric, grad_queries, prototype)) {
+      } else if (need_queries && need_support &&
+                 gradients_by_columns(from, to, scaled.data(), stride, pairs, n.metric, grad_queries, prototype,
+                                      directions ? nullptr : &samples)) {
+        samples_found = !directions;
+      } else {
         gradients_from_weights(from, {0, n.queries}, to, scaled.data(), stride, pairs, n.metric, put, grad_queries,
                                Put::store, prototype);
       }
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
-      if (!need_support) return;
-      finish_prototypes(to, of_prototypes.data());
-      const int64_t *labels = label.const_data_ptr<int64_t>() + b * n.support,
-                    *of_class = count.const_data_ptr<int64_t>() + b * n.classes;
-      // A class is divided once, then copied to its samples: a division takes longer than memory does.
-      at::parallel_for(0, n.classes, grain(n.features), [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          if (of_class[c] == 0) continue;
-          T* row = of_prototypes.data() + c * n.features;
-          FASTDA_RUN(divide(row, static_cast<T>(of_class[c]), n.features, row));
-        }
-      });
-      at::parallel_for(0, n.support, grain(n.features), [&](int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) {
-          check_label("support_labels", labels[s], n.classes);
-          const T* row = of_prototypes.data() + labels[s] * n.features;
-          std::copy(row, row + n.features, data<T>(of_support) + (b * n.support + s) * n.features);
-        }
+      if (samples_found) return;
+      to.through_directions(0, n.classes, prototype);
+      constexpr int64_t lanes = vector_bytes / sizeof(T);
+      at::parallel_for(0, blocks(n.features, lanes), grain(n.support * lanes), [&](int64_t begin, int64_t end) {
+        samples.find(prototype, {begin * lanes, std::min(end * lanes, n.features)});
       });
     });
   });
