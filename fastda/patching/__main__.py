@@ -17,6 +17,7 @@ def main(words: Sequence[str]) -> None:
     named, (program, *arguments) = words[:split], words[split + 1 :]
     libraries = named or LIBRARIES
     seen: list[str] = []
+    failed: list[str] = []
 
     def report(library: str) -> None:
         seen.append(library)
@@ -27,8 +28,14 @@ def main(words: Sequence[str]) -> None:
                 raise
             say(error)
 
-    when_imported(libraries, report)
-    atexit.register(lambda: seen or say(f"nothing was replaced: the program imported none of {', '.join(libraries)}"))
+    def conclude() -> None:
+        if failed and not seen:
+            say(f"nothing was replaced: importing {', '.join(dict.fromkeys(failed))} failed")
+        elif not seen:
+            say(f"nothing was replaced: the program imported none of {', '.join(libraries)}")
+
+    when_imported(libraries, report, failed.append)
+    atexit.register(conclude)
     execute(program, arguments)
 
 

@@ -9,21 +9,22 @@ from collections.abc import Callable, Sequence
 from .libraries import replacements_of
 
 
-def when_imported(libraries: Sequence[str], patch: Callable[[str], None]) -> None:
+def when_imported(libraries: Sequence[str], patch: Callable[[str], None], failed: Callable[[str], None]) -> None:
     """Call `patch` with the name of each library, once, when a program has imported modules that it concerns.
 
     That is when the outermost import of the library ends, before the program goes on: nothing is half imported then.
+    `failed` is called with the name of a library one of whose modules raises while it is imported.
     """
-    sys.meta_path.insert(0, _Watch(libraries, patch))
+    sys.meta_path.insert(0, _Watch(libraries, patch, failed))
 
 
 class _Watch(importlib.abc.MetaPathFinder):
     """Finds what others find, and sees it being executed."""
 
-    def __init__(self, libraries: Sequence[str], patch: Callable[[str], None]) -> None:
+    def __init__(self, libraries: Sequence[str], patch: Callable[[str], None], failed: Callable[[str], None]) -> None:
         self.concerned = {library: {x.module for x in replacements_of(library)} for library in libraries}
         self.depth = dict.fromkeys(libraries, 0)
-        self.patch = patch
+        self.patch, self.failed = patch, failed
 
     def find_spec(self, name, path=None, target=None):
         library = name.partition(".")[0]
@@ -39,6 +40,9 @@ class _Watch(importlib.abc.MetaPathFinder):
         self.depth[library] += 1
         try:
             loader.loader.exec_module(module)
+        except BaseException:
+            self.failed(library)
+            raise
         finally:
             self.depth[library] -= 1
         if self.depth[library] == 0 and self.concerned.get(library, set()) & sys.modules.keys():

@@ -272,6 +272,15 @@ def test_only_libraries_that_are_named_are_patched_and_a_program_that_imports_no
     assert done.stderr == "fastda patch: nothing was replaced: the program imported none of domainbed\n"
 
 
+def test_a_library_whose_import_fails_is_what_the_program_is_told(tmp_path):
+    (tmp_path / "domainbed").mkdir()
+    (tmp_path / "domainbed" / "__init__.py").write_text("import a_module_that_is_not_there\n")
+    done = run(tmp_path, *patching("--", "train.py"), program="import domainbed\n")
+    assert done.returncode == 1
+    assert "No module named 'a_module_that_is_not_there'" in done.stderr
+    assert done.stderr.endswith("fastda patch: nothing was replaced: importing domainbed failed\n")
+
+
 def test_a_package_that_imports_parts_of_itself_is_patched_when_it_is_whole(tmp_path):
     program = """
 from tllib.alignment.dann import DomainAdversarialLoss, WarmStartGradientReverseLayer
