@@ -273,8 +273,7 @@ def test_sides_alternate_and_a_wrong_one_is_refused():
         samples = found[name].samples
         assert len(samples["forward"]) == len(samples["backward"]) == len(samples["both"]) >= rounds
         assert all(
-            math.isclose(f + b, whole)
-            for f, b, whole in zip(samples["forward"], samples["backward"], samples["both"])
+            math.isclose(f + b, whole) for f, b, whole in zip(samples["forward"], samples["backward"], samples["both"])
         )
 
 
@@ -298,7 +297,7 @@ def test_each_round_has_its_order_and_some_sides_go_on(monkeypatch):
 
     check = Check(TINY, TINY.arguments())
     found, rounds = compare(
-        [side(name) for name in "abc"], lambda side: check, budget=60.0, longer={"a", "b"}, patience=2.5
+        [side(name) for name in "abc"], lambda side: check, budget=60.0, longer=lambda found: {"a", "b"}, patience=2.5
     )
     assert rounds == 50
     whole, further = turns[:60], turns[60:]
@@ -306,6 +305,23 @@ def test_each_round_has_its_order_and_some_sides_go_on(monkeypatch):
     assert all(set(order) == set("abc") for order in orders) and len(orders) > 1
     assert len(further) == 60 and all(set(further[i : i + 2]) == set("ab") for i in range(0, 60, 2))
     assert [len(found[name].rounds["both"]) for name in "abc"] == [50, 50, 20]
+
+
+def test_sides_that_may_be_the_fastest_decide_about_a_figure():
+    sides = [Side(name, None) for name in ("fused", "careful", "peer", "reference", "wrong")]
+    sides.append(Side("less work", None, truth=reference.coral_loss))
+    found = {
+        name: Times({}, {"both": [seconds]})
+        for name, seconds in {"fused": 1.0, "careful": 3.0, "peer": 5.0, "reference": 7.0, "less work": 0.5}.items()
+    }
+    found["wrong"] = Refused("")
+
+    def names(*figures):
+        return records.deciding(dataclasses.replace(TINY, figures=figures), sides, found)
+
+    assert names(Figure(1.5)) == {"fused", "careful", "peer"}
+    assert names(Figure(1.5, ("reference",)), Figure(1, ("less work",))) == {"fused", "reference", "less work"}
+    assert names(Figure(8, quantity="megabytes"), Figure(2, ("absent",))) == {"fused"}
 
 
 @pytest.mark.parametrize("spoil", [lambda g: g * math.nan, torch.abs, torch.ones_like, torch.zeros_like])

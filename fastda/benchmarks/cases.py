@@ -68,7 +68,7 @@ class Case:
     differentiable: bool = True
     phase: str = "both"  # what the figures, and the share of the limit, are about
     constants: tuple[int, ...] = ()  # positions of floating arguments that get no gradient
-    patience: float = 1.0  # how many times the budget the sides of its figures take: one per cent takes many rounds
+    patience: float = 1.0  # how many times the budget the sides that decide about its figures take
 
     @property
     def work(self) -> Work:
@@ -349,6 +349,8 @@ def _case(label: str, topic: str, op: str, sizes: dict[str, int], make, count, f
     name = label.format(**sizes)
     name += " bf16" if options.get("dtype") == torch.bfloat16 else ""
     name += " GPU" if options.get("device") == "cuda" else ""
+    if options.get("device") != "cuda":  # whose times hardly vary
+        options.setdefault("patience", 3)
     return Case(name, topic, op, sizes, make, count, figures, **options)
 
 

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,8 +60,7 @@ def measure(
             checks[side.truth] = Check(case, arguments, seed, side.truth)
         return checks[side.truth]
 
-    figured = {FUSED, *(name for figure in case.figures for name in figure.against or ())}
-    found, rounds = compare(present, check, budget, seed, longer=figured, patience=case.patience)
+    found, rounds = compare(present, check, budget, seed, partial(deciding, case, present), case.patience)
     rows = {}
     for side in made:
         if isinstance(side, Absent):
@@ -94,6 +94,18 @@ def measure(
         row["share_of_limit"] = limits.seconds(case.work, case.dtype) / rows[FUSED]["times"][case.phase]["median"]
     row["figures"] = [outcome(case, figure, row) for figure in case.figures]
     return row
+
+
+def deciding(case: Case, sides: Sequence[Side], found: dict[str, Times | Refused]) -> set[str]:
+    """The sides that decide about the figures: the fused op, and all that may be the fastest of those it is to beat."""
+    names = {FUSED}
+    for figure in case.figures:
+        if figure.quantity != "speed":
+            continue
+        against = {side.name for side in sides if side.is_baseline} if figure.against is None else set(figure.against)
+        medians = {name: x.median(case.phase) for name, x in found.items() if name in against and isinstance(x, Times)}
+        names.update(name for name, seconds in medians.items() if seconds < 2 * min(medians.values()))
+    return names
 
 
 def summary(times: Times, phase: str, fused: Times | Refused | None) -> dict:

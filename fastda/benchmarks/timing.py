@@ -143,13 +143,13 @@ def compare(
     checks: Callable[[Side], Check],
     budget: float,
     seed: int = 0,
-    longer: Container[str] = (),
+    longer: Callable[[dict[str, Times | Refused]], Container[str]] = lambda found: (),
     patience: float = 1.0,
 ) -> tuple[dict[str, Times | Refused], int]:
     """Check each side and time those that are right, in turn; the times, and the number of rounds.
 
     `checks` gives the check a side has to pass; `budget` bounds the seconds of timing, but for the least rounds. The
-    sides that are named by `longer` go on by themselves, for `patience` times the budget.
+    sides that `longer` then names, by what was found, go on by themselves, for `patience` times the budget.
     """
     found: dict[str, Times | Refused] = {}
     stopwatches: dict[str, Stopwatch] = {}
@@ -179,7 +179,8 @@ def compare(
     gc.disable()
     try:
         rounds = go(stopwatches, budget, LEAST_ROUNDS, MOST_ROUNDS)
-        few = {name: stopwatch for name, stopwatch in stopwatches.items() if name in longer}
+        names = longer(found)
+        few = {name: stopwatch for name, stopwatch in stopwatches.items() if name in names}
         rounds += go(few, (patience - 1) * budget, 0, (patience - 1) * MOST_ROUNDS)
     finally:
         if collecting:
