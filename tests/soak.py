@@ -93,7 +93,7 @@ def table(record: dict) -> str:
         f"{record['processor']}: values and gradients of each op against its reference, over sizes (0, 1, primes, "
         "blocks ± 1), batches, dtypes, layouts, label distributions and options that hypothesis draws; gradients of "
         "every input, for random incoming gradients. Allowed are twice the reference's own error plus 4·eps of the "
-        "true value, in float64, where the truth is no more exact than the reference, three times plus 8·eps; where "
+        "true value, in float64, where the truth is no more exact than the reference, four times plus 8·eps; where "
         "one draw does not tell, as root mean squares over up to 64 draws of both. The revision is the last one that "
         "changed kernels, ops or reference. `python tests/soak.py` adds to it.\n",
         "| op | examples | failures | seconds | date | PyTorch | revision |",

@@ -9,7 +9,8 @@ plus 4·eps of its own true value in each draw.
 
 Nothing here is more exact than float64, so the error of the reference in float64 is taken to be its error in float32
 times the ratio of their precisions. What stands for the truth there is wrong too, by as much as that and 4·eps (a
-measured error can be 0, where results do not depend on the input): a result may be three times and 8·eps away from it.
+measured error can be 0, where results do not depend on the input). And sums that float32's ops take in float64 have no
+wider type to go to, which makes gradients half as inexact again. So a result may be four times and 8·eps away from it.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def assert_as_accurate_as_reference(
         failures, hopeless = [], False
         for name, truth in true.items():
             eps, its_eps = torch.finfo(got[name].dtype).eps, torch.finfo(found[name].dtype).eps
-            times, floor = (3, 8) if got[name].dtype == torch.float64 else (2, 4)
+            times, floor = (4, 8) if got[name].dtype == torch.float64 else (2, 4)
             finite = assert_same_kind(name, got[name], expected[name], truth)
             beyond = (got[name].double() - truth).abs() - floor * eps * truth.abs()
             beyond = torch.where(finite, beyond - 2 * eps * torch.finfo(got[name].dtype).tiny, 0.0).clamp_min(0)
