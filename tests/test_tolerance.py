@@ -122,3 +122,17 @@ def test_accepts_the_reference_on_permuted_features(name):
         draw = Draw(sizes, (torch.float32, torch.float64)[seed % 2], seed)
         function = permuted(name, torch.randperm(features, generator=generator))
         assert_as_accurate_as_reference(function, op.of(fastda.reference), op.arguments(draw), seed=seed)
+
+
+@pytest.mark.parametrize("distance", [21.0, 25.0, 33.0])
+def test_accepts_answers_that_float32_is_sure_of_and_float64_is_not(distance):
+    """The farther class has a probability of 1e-9 to 1e-14: 1 less that is exactly 1 in float32 alone."""
+    prototypes = torch.tensor([[0.0, 0.1], [distance**0.5, 0.1]], dtype=torch.float64)
+    arguments = {"queries": prototypes[:1] * 1.01, "prototypes": prototypes}
+    softmax = fastda.reference.prototype_softmax
+
+    def exponential(queries, prototypes):
+        return fastda.reference.prototype_log_softmax(queries, prototypes).exp()
+
+    assert_as_accurate_as_reference(exponential, softmax, arguments)
+    assert_as_accurate_as_reference(softmax, exponential, arguments)
