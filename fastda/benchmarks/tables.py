@@ -59,15 +59,19 @@ def is_busy(record: dict) -> bool:
     return record["load_before"] is not None and record["load_before"] > BUSY * record["cores"]
 
 
+def revision(record: dict) -> str:
+    """Of the sources, as the end of a list of what was measured; empty where it is not known."""
+    git = record["git"]
+    return f", revision {git['revision'][:12]}{' with changes' if git['changed'] else ''}" if git else ""
+
+
 def heading(record: dict) -> str:
     """Machine, date and versions in one line."""
     device = record["gpu"] or f"{record['processor']}, {record['cores']} cores"
-    git = record["git"]
-    revision = f", revision {git['revision'][:12]}{' with changes' if git['changed'] else ''}" if git else ""
     busy = " Other processes were running: the times are not to be relied on." if is_busy(record) else ""
     cut = "" if record["complete"] else " Cut short: not all cases are here."
     dry = " Dry run with tiny sizes: no figure here means anything." if record["dry_run"] else ""
-    return f"{device}; {record['date'][:10]}; PyTorch {record['versions']['torch']}{revision}.{busy}{cut}{dry}"
+    return f"{device}; {record['date'][:10]}; PyTorch {record['versions']['torch']}{revision(record)}.{busy}{cut}{dry}"
 
 
 def short_table(record: dict) -> str:
