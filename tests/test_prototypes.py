@@ -882,3 +882,20 @@ def test_episodes_under_the_conventions_of_other_libraries(module, shots, querie
     similarity = F.cosine_similarity(query.unsqueeze(2), means.unsqueeze(1), dim=-1)  # easyfsl's "cosine distance"
     got = module.prototypical_loss(support, labels, query, targets, classes, metric="cosine")
     assert_close(got, F.cross_entropy(similarity.flatten(0, 1), targets.flatten()))
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("num_classes", [5, 20, 50])
+def test_support_that_is_nan_gets_no_gradient_from_queries_that_are(num_classes, metric):
+    support = torch.randn(2 * num_classes, 48)
+    labels = torch.arange(2 * num_classes) % num_classes
+    support[labels == 3] = math.nan
+    queries, query_labels = torch.randn(60, 48), torch.arange(60) % num_classes
+    query_labels[query_labels == 3] = 0
+    queries[1, 2] = math.nan
+    grads = []
+    for module in (fastda, fastda.reference):
+        x = support.clone().requires_grad_()
+        module.prototypical_loss(x, labels, queries, query_labels, num_classes, metric=metric).backward()
+        grads.append(x.grad[labels == 3])
+    assert torch.equal(grads[0], torch.zeros_like(grads[0])) and torch.equal(*grads)

@@ -95,7 +95,12 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
       FASTDA_RUN(gradients_of_panel(of, columns.size(), grad_queries + d, grad_prototypes + d, q.features(),
                                     scratch.data()));
       near.add(q, {0, q.count()}, p, columns, grad_queries, grad_prototypes);
-      if (samples) samples->find(grad_prototypes, columns);
+      if (!samples) continue;
+      for (int64_t c = 0; p.empty() && c < p.count(); ++c) {  // whose gradients are 0, also where weights are NaN
+        T* row = grad_prototypes + c * q.features();
+        if (p.is_empty(c)) std::fill(row + columns.begin, row + columns.end, T(0));
+      }
+      samples->find(grad_prototypes, columns);
     }
   });
   return true;
@@ -178,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       }
       if (need_queries) from.through_directions(0, n.queries, grad_queries);
       if (samples_found) return;
-      to.through_directions(0, n.classes, prototype);
+      finish_prototypes(to, prototype);
       constexpr int64_t lanes = vector_bytes / sizeof(T);
       at::parallel_for(0, blocks(n.features, lanes), grain(n.support * lanes), [&](int64_t begin, int64_t end) {
         samples.find(prototype, {begin * lanes, std::min(end * lanes, n.features)});

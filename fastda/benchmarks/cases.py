@@ -349,7 +349,7 @@ def _case(label: str, topic: str, op: str, sizes: dict[str, int], make, count, f
     name = label.format(**sizes)
     name += " bf16" if options.get("dtype") == torch.bfloat16 else ""
     name += " GPU" if options.get("device") == "cuda" else ""
-    if options.get("device") != "cuda":  # whose times hardly vary
+    if options.get("device") != "cuda":  # on a GPU times hardly vary
         options.setdefault("patience", 3)
     return Case(name, topic, op, sizes, make, count, figures, **options)
 

@@ -97,15 +97,18 @@ def measure(
 
 
 def deciding(case: Case, sides: Sequence[Side], found: dict[str, Times | Refused]) -> set[str]:
-    """The sides that decide about the figures: the fused op, and all that may be the fastest of those it is to beat."""
-    names = {FUSED}
+    """The sides that decide about the figures: the fused op, and all that may be the fastest of those it is to beat.
+
+    None where there is nothing to compare: a side alone runs on caches that no other has used meanwhile.
+    """
+    names: set[str] = set()
     for figure in case.figures:
         if figure.quantity != "speed":
             continue
         against = {side.name for side in sides if side.is_baseline} if figure.against is None else set(figure.against)
         medians = {name: x.median(case.phase) for name, x in found.items() if name in against and isinstance(x, Times)}
         names.update(name for name, seconds in medians.items() if seconds < 2 * min(medians.values()))
-    return names
+    return names | {FUSED} if names and isinstance(found[FUSED], Times) else set()
 
 
 def summary(times: Times, phase: str, fused: Times | Refused | None) -> dict:

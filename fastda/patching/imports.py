@@ -40,8 +40,9 @@ class _Watch(importlib.abc.MetaPathFinder):
         self.depth[library] += 1
         try:
             loader.loader.exec_module(module)
-        except BaseException:
-            self.failed(library)
+        except Exception:
+            if self.depth[library] == 1:  # what the program itself imports; a library may do without a part of its own
+                self.failed(library)
             raise
         finally:
             self.depth[library] -= 1
