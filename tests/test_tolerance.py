@@ -126,7 +126,7 @@ def test_accepts_the_reference_on_permuted_features(name):
 
 @pytest.mark.parametrize("distance", [21.0, 25.0, 33.0])
 def test_accepts_answers_that_float32_is_sure_of_and_float64_is_not(distance):
-    """The farther class has a probability of 1e-9 to 1e-14: 1 less that is exactly 1 in float32 alone."""
+    """The farther class has a probability p of 1e-9 to 1e-14: 1 - p rounds to 1 in float32, and not in float64."""
     prototypes = torch.tensor([[0.0, 0.1], [distance**0.5, 0.1]], dtype=torch.float64)
     arguments = {"queries": prototypes[:1] * 1.01, "prototypes": prototypes}
     softmax = fastda.reference.prototype_softmax

@@ -218,9 +218,7 @@ void gradients_of_samples(T* grad_p, const int64_t* counts, int64_t classes, con
   using G = Grid<T>;
   for (int64_t c = 0; c < classes; ++c) {
     const T count = static_cast<T>(counts[c] > 0 ? counts[c] : 1);
-    T* row = grad_p + c * stride;
-#pragma omp simd
-    for (int64_t d = 0; d < width; ++d) row[d] /= count;
+    divide(grad_p + c * stride, count, width, grad_p + c * stride);
   }
   for (int64_t s = 0; s < samples; ++s, grad_x += stride) {
     const T* row = grad_p + labels[s] * stride;

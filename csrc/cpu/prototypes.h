@@ -39,13 +39,20 @@ T log_of_sum(T largest, T sum) {
   return std::isinf(largest) ? std::numeric_limits<T>::quiet_NaN() : std::log(sum);
 }
 
+// Empty classes have no gradient, also where weights are NaN; in some columns.
+template <typename T>
+void clear_empty(const Points<T>& p, Range columns, T* grad) {
+  for (int64_t c = 0; p.empty() && c < p.count(); ++c) {
+    T* row = grad + c * p.features();
+    if (p.is_empty(c)) std::fill(row + columns.begin, row + columns.end, T(0));
+  }
+}
+
 // What completes the gradient of prototypes: through the directions, and nothing for empty classes.
 template <typename T>
 void finish_prototypes(const Points<T>& p, T* grad) {
   p.through_directions(0, p.count(), grad);
-  for (int64_t c = 0; p.empty() && c < p.count(); ++c) {
-    if (p.is_empty(c)) std::fill(grad + c * p.features(), grad + (c + 1) * p.features(), T(0));
-  }
+  clear_empty(p, {0, p.features()}, grad);
 }
 
 inline void check_label(const char* name, int64_t label, int64_t classes) {

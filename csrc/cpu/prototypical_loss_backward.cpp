@@ -96,10 +96,7 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weigh
                                     scratch.data()));
       near.add(q, {0, q.count()}, p, columns, grad_queries, grad_prototypes);
       if (!samples) continue;
-      for (int64_t c = 0; p.empty() && c < p.count(); ++c) {  // whose gradients are 0, also where weights are NaN
-        T* row = grad_prototypes + c * q.features();
-        if (p.is_empty(c)) std::fill(row + columns.begin, row + columns.end, T(0));
-      }
+      clear_empty(p, columns, grad_prototypes);
       samples->find(grad_prototypes, columns);
     }
   });
