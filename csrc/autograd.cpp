@@ -186,21 +186,26 @@ struct Gradient : FusedNode {
       const std::lock_guard<std::mutex> lock(mutex_);
       taken = keep ? gradients : std::exchange(gradients, {});
     }
+    const bool is_one = is_one_on_cpu(incoming);  // loss.backward()
     variable_list results(taken.size());
     for (size_t i = 0; i < taken.size(); ++i) {
       if (!task_should_compute_output(i)) continue;
-      std::vector<int64_t> shape = incoming.sizes().vec();
-      shape.resize(taken[i].dim(), 1);
-      const Tensor factor = incoming.reshape(shape);
-      const bool is_one = incoming.numel() == 1 && incoming.item().toDouble() == 1;  // loss.backward()
-      if (keep) {
-        taken[i] = at::mul(taken[i], factor);
-      } else if (!is_one) {
-        taken[i].mul_(factor);
+      if (keep || !is_one) {
+        std::vector<int64_t> shape = incoming.sizes().vec();
+        shape.resize(taken[i].dim(), 1);
+        const Tensor factor = incoming.reshape(shape);
+        taken[i] = keep ? at::mul(taken[i], factor) : taken[i].mul_(factor);
       }
-      results[i] = taken[i].to(inputs[i].scalar_type());
+      const auto dtype = inputs[i].scalar_type();
+      results[i] = taken[i].scalar_type() == dtype ? std::move(taken[i]) : taken[i].to(dtype);
     }
     return results;
+  }
+
+  static bool is_one_on_cpu(const Tensor& x) {
+    if (!x.is_cpu() || x.numel() != 1) return false;
+    if (x.scalar_type() == at::kFloat) return *x.const_data_ptr<float>() == 1;
+    return x.scalar_type() == at::kDouble && *x.const_data_ptr<double>() == 1;
   }
 
   // Past the Autograd key where nothing is to be recorded and no transform is to see the call.

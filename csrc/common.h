@@ -20,6 +20,11 @@ inline at::ScalarType accumulate_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// x in that dtype; itself, without asking the dispatcher, which takes longer than a small op, where it is in it.
+inline at::Tensor as_type(const at::Tensor& x, at::ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : x.to(dtype);
+}
+
 // The product of the leading batch dimensions, all but the last `trailing`.
 inline int64_t batch_size(const at::Tensor& x, int64_t trailing) {
   int64_t batch = 1;

@@ -44,7 +44,7 @@ void find_means(const Members& members, const T* x, int64_t samples, int64_t cla
 
 // (batch, rows, features) in the accumulation dtype, dense.
 inline Tensor rows_of(const Tensor& x, int64_t batch) {
-  return x.to(accumulate_type(x.scalar_type())).reshape({batch, x.size(-2), x.size(-1)}).contiguous();
+  return matrices(x, accumulate_type(x.scalar_type()), batch).contiguous();
 }
 
 }  // namespace

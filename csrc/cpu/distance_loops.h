@@ -603,17 +603,17 @@ FASTDA_INLINE void add_near_vectors(const NearPair<T>* pair, const NearPair<T>* 
   }
 }
 
-// Adds the w (x − y) of some pairs, ordered by their rows x, in some columns.
+// Adds the w (x − y) of some pairs, ordered by their rows x, in so many columns.
 template <typename T>
 void add_near_pairs(const NearPair<T>* pairs, int64_t count, const T* x, int64_t x_stride, const T* y, int64_t y_stride,
-                    int64_t begin, int64_t end, T* out, int64_t out_stride) {
+                    int64_t width, T* out, int64_t out_stride) {
   constexpr int64_t vectors = 4, lanes = Grid<T>::lanes;
-  int64_t d = begin;
-  for (; d + vectors * lanes <= end; d += vectors * lanes) {
-    add_near_vectors<T, vectors>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, end - d, out + d, out_stride);
+  int64_t d = 0;
+  for (; d + vectors * lanes <= width; d += vectors * lanes) {
+    add_near_vectors<T, vectors>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, width - d, out + d, out_stride);
   }
-  for (; d < end; d += lanes) {
-    add_near_vectors<T, 1>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, end - d, out + d, out_stride);
+  for (; d < width; d += lanes) {
+    add_near_vectors<T, 1>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, width - d, out + d, out_stride);
   }
 }
 

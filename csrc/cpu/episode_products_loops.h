@@ -18,19 +18,54 @@ void class_panel_shape(PanelShape* shape) {
   *shape = {class_panel_rows, ClassPanel<T>::columns, ClassPanel<T>::depth};
 }
 
-// add_products, which fetches the next rows meanwhile, one at a time: there is room for so many lines on their way.
-// `width` values of each are read from `next`, those from `to_write` are written, where it is not null.
-template <typename T, int vectors, int rows>
-FASTDA_INLINE void add_products_and_fetch(const T* a, int64_t step, int64_t row, const T* b, int64_t depth,
-                                          const T* next, int64_t stride, const T* to_write, int64_t write_stride,
-                                          int64_t width, typename Grid<T>::Vector (*sum)[vectors]) {
-  constexpr int64_t line = 64 / sizeof(T);
+// Without it GCC takes a lambda that does nothing but fetch for one that does nothing.
+#define FASTDA_INLINE_LAMBDA __attribute__((always_inline))
+
+// add_products in as many parts as there are rows, with something else before each: beside products, what waits for
+// memory takes no time.
+template <typename T, int vectors, int rows, typename Meanwhile>
+FASTDA_INLINE void add_products_and(const Meanwhile& meanwhile, const T* a, int64_t step, int64_t row, const T* b,
+                                    int64_t depth, typename Grid<T>::Vector (*sum)[vectors]) {
   const int64_t part = (depth + rows - 1) / rows;
-  for (int64_t r = 0; r < rows; ++r, next += stride) {
-    for (int64_t d = 0; d <= width; d += line) __builtin_prefetch(next + d);
-    for (int64_t d = 0; to_write && d <= width; d += line) __builtin_prefetch(to_write + r * write_stride + d, 1);
-    const int64_t begin = least(r * part, depth), end = least(begin + part, depth);
-    add_products<T, vectors, rows>(a + begin * step, step, row, b + begin * vectors * Grid<T>::lanes, end - begin, sum);
+  for (int64_t r = 0; r < rows; ++r) {
+    meanwhile(r);
+    const int64_t some = least(part, depth);
+    add_products<T, vectors, rows>(a, step, row, b, some, sum);
+    a += some * step;
+    b += some * vectors * Grid<T>::lanes;
+    depth -= some;
+  }
+}
+
+// Fetches what is read soon, or written.
+template <typename T, int write = 0>
+FASTDA_INLINE void fetch(const T* x, int64_t width) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t d = 0; d <= width; d += line) __builtin_prefetch(x + d, write);
+}
+
+// Goes on with copies, some rows of them.
+template <typename T>
+FASTDA_INLINE void copy_rows(RowCopies<T>* copies, int64_t rows) {
+  using G = Grid<T>;
+  constexpr int vectors = ClassPanel<T>::vectors;
+  const int64_t end = least(copies->done + rows, copies->rows);
+  for (; copies->done < end; ++copies->done) {
+    const T* from = copies->from + copies->source[copies->done] * copies->from_stride;
+    T* to = copies->to + copies->done * copies->to_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) G::store(to + v * G::lanes, G::load(from + v * G::lanes));
+  }
+}
+
+// The rest of them, of so many columns.
+template <typename T>
+void copy_rest(RowCopies<T>* copies, int64_t width) {
+  using G = Grid<T>;
+  for (; copies->done < copies->rows; ++copies->done) {
+    const T* from = copies->from + copies->source[copies->done] * copies->from_stride;
+    T* to = copies->to + copies->done * copies->to_stride;
+    for (int64_t d = 0; d < width; d += G::lanes) G::put(G::load(from + d), false, to + d, width - d);
   }
 }
 
@@ -66,8 +101,9 @@ void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t dept
       centre_rows(from, stride, some, some_depth, centre + k, centred,
                   squares ? squares + i * Grid<T>::lanes : nullptr);
       clear<T, vectors, rows>(sum);
-      add_products_and_fetch<T, vectors, rows>(centred, 1, P::depth, panel + k * vectors * P::lanes, some_depth,
-                                               from + rows * stride, stride, nullptr, 0, some_depth, sum);
+      const auto fetch_next = [&](int64_t r) FASTDA_INLINE_LAMBDA { fetch(from + (rows + r) * stride, some_depth); };
+      add_products_and<T, vectors, rows>(fetch_next, centred, 1, P::depth, panel + k * vectors * P::lanes, some_depth,
+                                         sum);
       put_rows<T, vectors, rows>(sum, some, vectors * P::lanes, k > 0, out + i * out_stride, out_stride);
     }
   }
@@ -104,37 +140,34 @@ void norms_of_rows(const double* squares, int64_t count, T* norms) {
   }
 }
 
-// Points less one near them all, over the columns of a panel.
+// A point less one near them all, over the columns of a panel.
 template <typename T, int vectors>
-FASTDA_INLINE void centre_columns_of(const T* x, int64_t stride, int64_t rows, const T* centre, T* centred) {
+FASTDA_INLINE void centre_columns_of(const T* x, const T* centre, T* centred) {
   using G = Grid<T>;
-  for (int64_t r = 0; r < rows; ++r, x += stride) {
-    for (int v = 0; v < vectors; ++v, centred += G::lanes) {
-      G::store(centred, G::load(x + v * G::lanes) - G::load(centre + v * G::lanes));
-    }
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    G::store(centred + v * G::lanes, G::load(x + v * G::lanes) - G::load(centre + v * G::lanes));
   }
 }
 
-// Completes Σ_c w_c (q − p_c) = (q − m) Σ_c w_c − Σ_c w_c (p_c − m), of which the last sum is there, for a few rows q
-// and the centre m; the sum alone stays, as it is, where it is a product. Keeps q − m.
+// Completes Σ_c w_c (q − p_c) = (q − m) Σ_c w_c − Σ_c w_c (p_c − m), of which the last sum is there, for a few rows
+// q − m; or the same with queries and classes exchanged. Rows are read beyond those that count.
 template <typename T, int vectors, int rows>
-FASTDA_INLINE void complete_rows(const EpisodeWeights<T>& of, int64_t first, int64_t count, T* centred,
+FASTDA_INLINE void complete_rows(const double* totals, int64_t count, const T* centred,
                                  typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-    const int64_t i = first + least(r, count - 1);
-    const T total = static_cast<T>(of.of_queries[i]), *q = of.q + i * of.q_stride;
+    const T total = static_cast<T>(totals[least(r, count - 1)]);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      const typename G::Vector value = G::load(q + v * G::lanes) - G::load(of.centre + v * G::lanes);
-      G::store(centred + (r * vectors + v) * G::lanes, value);
-      if (!of.product) sum[r][v] = value * total - sum[r][v];
+      sum[r][v] = G::load(centred + (r * vectors + v) * G::lanes) * total - sum[r][v];
     }
   }
 }
 
-// Gradients of some queries, that is sums over classes first to first + depth; the first ones complete them.
+// Gradients of some queries, that is sums over classes first to first + depth; the first ones complete them, and leave
+// the queries less the centre.
 template <typename T, int vectors>
 FASTDA_INLINE void sum_over_some_classes(const EpisodeWeights<T>& of, int64_t begin, int64_t end, int64_t first,
                                          int64_t depth, const T* centred_p, int64_t width, T* centred_q, T* grad_q,
@@ -146,12 +179,20 @@ FASTDA_INLINE void sum_over_some_classes(const EpisodeWeights<T>& of, int64_t be
     const int64_t count = least(rows, end - i);
     const T* q = of.q + i * of.q_stride;
     T* to = grad_q + i * stride;
+    T* centred = centred_q + (i - begin) * vectors * G::lanes;
+    const auto centre_and_fetch = [&](int64_t r) FASTDA_INLINE_LAMBDA {
+      if (first == 0) {
+        centre_columns_of<T, vectors>(q + least(r, count - 1) * of.q_stride, of.centre,
+                                      centred + r * vectors * G::lanes);
+      }
+      fetch(q + (rows + r) * of.q_stride, vectors * G::lanes);
+      fetch<T, 1>(to + (rows + r) * stride, vectors * G::lanes);
+    };
     clear<T, vectors, rows>(sum);
-    add_products_and_fetch<T, vectors, rows>(of.w + i * of.w_stride + first, 1, of.w_stride, centred_p, depth,
-                                             q + rows * of.q_stride, of.q_stride, to + rows * stride, stride,
-                                             vectors * G::lanes, sum);
-    if (first == 0) {
-      complete_rows<T, vectors, rows>(of, i, count, centred_q + (i - begin) * vectors * G::lanes, sum);
+    add_products_and<T, vectors, rows>(centre_and_fetch, of.w + i * of.w_stride + first, 1, of.w_stride, centred_p,
+                                       depth, sum);
+    if (first == 0 && !of.product) {
+      complete_rows<T, vectors, rows>(of.of_queries + i, count, centred, sum);
     } else if (!of.product) {
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
@@ -163,22 +204,52 @@ FASTDA_INLINE void sum_over_some_classes(const EpisodeWeights<T>& of, int64_t be
   }
 }
 
+// How many queries a sum goes over, in all parts alike. Of many, most of which are far from a class, each adds next to
+// nothing to what a few have added, and is rounded as the one before: such sums are to be short, and added up in float64.
+template <typename T>
+void queries_of_part(int64_t queries, int64_t* count, bool* many_parts) {
+  constexpr int64_t whole = 24, few_parts = 4;  // whole: of any number of rows
+  constexpr int64_t most = ClassPanel<T>::depth / whole * whole, most_of_many = least(most, 48);
+  const int64_t parts = (queries + most - 1) / most;
+  *many_parts = parts > few_parts;
+  *count = *many_parts ? most_of_many : ((queries + parts - 1) / parts + whole - 1) / whole * whole;
+}
+
+// Stores a few rows of sums, or adds them to what is there, in float64 where that is asked for.
+template <typename T, int vectors, int rows>
+FASTDA_INLINE void put_sums(const typename Grid<T>::Vector (*sum)[vectors], bool add, T* out, int64_t stride,
+                            double* in_float64) {
+  using G = Grid<T>;
+  constexpr int64_t columns = vectors * G::lanes;
+  if (!in_float64) return put_rows<T, vectors, rows>(sum, rows, columns, add, out, stride);
+  for (int64_t d = 0; !add && d < rows * columns; ++d) in_float64[d] = 0;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) G::add_in_float64(sum[r][v], in_float64 + (r * vectors + v) * G::lanes);
+  }
+}
+
 template <typename T, int vectors>
-void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q, T* grad_p, int64_t stride,
-                          T* scratch) {
+void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, RowCopies<T>* copies, T* grad_q, int64_t stride,
+                          T* grad_p, int64_t p_stride, T* scratch, double* sums) {
   using G = Grid<T>;
   using P = ClassPanel<T>;
   constexpr int rows = P::rows_beside(vectors);
   constexpr int64_t columns = vectors * G::lanes;
-  constexpr int64_t whole = 24, most = P::depth / whole * whole;  // of any number of rows: sums are cut alike
-  T *centred_q = scratch, *centred_p = centred_q + P::depth * columns, *sums = centred_p + of.classes * columns;
+  T *centred_q = scratch, *centred_p = centred_q + P::depth * columns;
   typename G::Vector sum[rows][vectors];
-  centre_columns_of<T, vectors>(of.p, of.p_stride, of.classes, of.centre, centred_p);
-  const int64_t parts = (of.queries + most - 1) / most;
-  const int64_t at_once = ((of.queries + parts - 1) / parts + whole - 1) / whole * whole;
-  const int64_t tiles = parts * ((of.classes + rows - 1) / rows), at_a_tile = (of.next_rows + tiles - 1) / tiles;
-  int64_t fetched = 0;
-  for (int64_t first = 0; first < of.queries; first += at_once) {
+  for (int64_t c = 0; c < of.classes; ++c) {
+    centre_columns_of<T, vectors>(of.p + c * of.p_stride, of.centre, centred_p + c * columns);
+  }
+  int64_t at_once = 0;
+  bool many_parts = false;
+  queries_of_part<T>(of.queries, &at_once, &many_parts);
+  const int64_t turns = (of.queries + at_once - 1) / at_once * ((of.classes + rows - 1) / rows) * rows;
+  const int64_t at_a_turn = (copies->rows + turns - 1) / turns;
+  const auto copy = [&](int64_t) FASTDA_INLINE_LAMBDA { copy_rows(copies, at_a_turn); };
+  const double* totals = of.of_classes;
+  for (int64_t first = 0; first < of.queries; first += at_once, totals += of.classes) {
     const int64_t last = least(first + at_once, of.queries);
     for (int64_t c = 0; c < of.classes; c += P::depth) {
       sum_over_some_classes<T, vectors>(of, first, last, c, least(P::depth, of.classes - c), centred_p + c * columns,
@@ -186,46 +257,52 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, T* grad_q,
     }
     for (int64_t c = 0; c < of.classes; c += rows) {
       clear<T, vectors, rows>(sum);
-      for (const int64_t some = least(fetched + at_a_tile, of.next_rows); fetched < some; ++fetched) {
-        for (int v = 0; v < vectors; ++v) __builtin_prefetch(of.next + fetched * stride + v * G::lanes, 1, 2);
+      add_products_and<T, vectors, rows>(copy, of.w + first * of.w_stride + c, of.w_stride, 1, centred_q, last - first,
+                                         sum);
+      if (!of.product) {
+        complete_rows<T, vectors, rows>(totals + c, least(rows, of.classes - c), centred_p + c * columns, sum);
       }
-      add_products<T, vectors, rows>(of.w + first * of.w_stride + c, of.w_stride, 1, centred_q, last - first, sum);
-      put_rows<T, vectors, rows>(sum, rows, columns, first > 0, sums + c * columns, columns);
+      put_sums<T, vectors, rows>(sum, first > 0, grad_p + c * p_stride, p_stride,
+                                 many_parts ? sums + c * columns : nullptr);
     }
   }
-  for (int64_t c = 0; c < of.classes; ++c, centred_p += columns, sums += columns, grad_p += stride) {
-    const T total = static_cast<T>(of.of_classes[c]);
-    for (int64_t d = 0; !of.product && d < columns; d += G::lanes) {
-      G::store(sums + d, G::load(centred_p + d) * total - G::load(sums + d));
-    }
-    for (int64_t d = 0; d < width; ++d) grad_p[d] = sums[d];
+  for (int64_t c = 0; many_parts && c < of.classes; ++c) {
+    for (int64_t d = 0; d < columns; ++d) grad_p[c * p_stride + d] = static_cast<T>(sums[c * columns + d]);
   }
 }
 
 // Gradients of all queries and prototypes, Σ_c w_c (q − p_c) and Σ_q w_q (p − q), as products Σ_c w_c p_c and
 // Σ_q w_q q, over the columns of one panel, in one pass over the queries. Columns from `width` on are filling, and not
-// written. Scratch holds ClassPanel::depth and twice the classes, and class_panel_rows more, of panels.
+// written but in grad_p, nor are the class_panel_rows rows that it has room for beyond the classes. Scratch holds
+// ClassPanel::depth and the classes, and class_panel_rows more, of panels; sums, of many parts, those of the classes.
+// Goes on with the copies meanwhile.
 template <typename T>
-void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, T* grad_q, T* grad_p, int64_t stride, T* scratch) {
-  FASTDA_WITH_CLASS_VECTORS(gradients_of_vectors, width, of, width, grad_q, grad_p, stride, scratch);
+void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, RowCopies<T>* copies, T* grad_q, int64_t stride,
+                        T* grad_p, int64_t p_stride, T* scratch, double* sums) {
+  FASTDA_WITH_CLASS_VECTORS(gradients_of_vectors, width, of, width, copies, grad_q, stride, grad_p, p_stride, scratch,
+                            sums);
 }
 
-// Gradients of prototypes, divided by the counts of their classes, and those of the samples, each its class's; over so
-// many columns. A class is divided once, then copied: a division takes longer than memory does.
+// Rows divided by the counts of their classes, if there are any.
 template <typename T>
-void gradients_of_samples(T* grad_p, const int64_t* counts, int64_t classes, const int64_t* labels, int64_t samples,
-                          int64_t width, int64_t stride, T* grad_x) {
+void divide_by_counts(T* rows, int64_t stride, int64_t width, const int64_t* counts, int64_t classes) {
   using G = Grid<T>;
-  for (int64_t c = 0; c < classes; ++c) {
-    const T count = static_cast<T>(counts[c] > 0 ? counts[c] : 1);
-    divide(grad_p + c * stride, count, width, grad_p + c * stride);
-  }
-  for (int64_t s = 0; s < samples; ++s, grad_x += stride) {
-    const T* row = grad_p + labels[s] * stride;
+  for (int64_t c = 0; c < classes; ++c, rows += stride) {
+    if (counts[c] <= 1) continue;
+    const T divisor = static_cast<T>(counts[c]);
     int64_t d = 0;
-    for (; d + G::lanes <= width; d += G::lanes) G::store(grad_x + d, G::load(row + d));
-    for (; d < width; ++d) grad_x[d] = row[d];
+#if FASTDA_VECTOR_BYTES > 16
+    // With fused multiplications x · (1/n), and what that leaves of x, give the quotient as a division rounds it, in a
+    // fifth of its time; nothing is left where it is infinite.
+    const T inverse = 1 / divisor;
+    for (; d + G::lanes <= width; d += G::lanes) {
+      const typename G::Vector x = G::load(rows + d), near = x * inverse, rest = x - near * divisor;
+      G::store(rows + d, rest == rest ? rest * inverse + near : near);
+    }
+#endif
+    for (; d < width; ++d) rows[d] /= divisor;
   }
 }
 
 #undef FASTDA_WITH_CLASS_VECTORS
+#undef FASTDA_INLINE_LAMBDA

@@ -17,19 +17,31 @@ constexpr int64_t block_depth = 192;  // a block of a panel fits into the first 
 
 inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// As at::parallel_for, but a thread that is done takes the next `at_once`: cores are seldom equally fast. What is found
-// may not depend on how the range is cut.
+// Runs on as many threads as `count` is worth, each of which goes on with take(&begin, &end) until that is false: the
+// next `at_once` of the range, or on a single thread all of it. What is found may not depend on how the range is cut.
 template <typename F>
-void parallel_in_turn(int64_t count, int64_t at_once, const F& each) {
+void threads_in_turn(int64_t count, int64_t at_once, const F& run) {
   const int64_t available = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t threads = std::min<int64_t>(available, blocks(count, at_once));
+  const int64_t some = threads <= 1 ? count : at_once;
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t* begin, int64_t* end) {
+    *begin = next.fetch_add(some);
+    *end = std::min(*begin + some, count);
+    return *begin < *end;
+  };
   if (threads <= 1) {
-    if (count > 0) each(0, count);
+    if (count > 0) run(take);
     return;
   }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(at_once)) < count;) each(begin, std::min(begin + at_once, count));
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { run(take); });
+}
+
+// As at::parallel_for, but a thread that is done takes the next `at_once`: cores are seldom equally fast.
+template <typename F>
+void parallel_in_turn(int64_t count, int64_t at_once, const F& each) {
+  threads_in_turn(count, at_once, [&](const auto& take) {
+    for (int64_t begin, end; take(&begin, &end);) each(begin, end);
   });
 }
 
@@ -48,7 +60,10 @@ void for_batch(int64_t batch, const F& each) {
 
 // (batch, rows, columns) in one dtype, the columns dense.
 inline Tensor matrices(const Tensor& x, at::ScalarType dtype, int64_t batch) {
-  const Tensor result = x.to(dtype).reshape({batch, x.size(-2), x.size(-1)});
+  const Tensor one = as_type(x, dtype);
+  const Tensor result = x.dim() == 3   ? one
+                        : x.dim() == 2 ? one.unsqueeze(0)
+                                       : one.reshape({batch, x.size(-2), x.size(-1)});
   return result.stride(-1) == 1 || result.size(-1) <= 1 ? result : result.contiguous();
 }
 

@@ -41,16 +41,25 @@ struct LossGradient {
 };
 
 // What the gradients of an episode are taken from: points and one in their middle, weights w(q, c) at
-// w[q · w_stride + c], and the weights' sums over the classes and over the queries. Weights are read up to
-// class_panel_rows rows and columns further. And the rows of a result that are written next, to be fetched meanwhile.
+// w[q · w_stride + c], and the weights' sums over the classes, and over the queries of each part of them. Weights are
+// read up to class_panel_rows rows and columns further.
 template <typename T>
 struct EpisodeWeights {
   const T *q, *p, *w, *centre;
   const double *of_queries, *of_classes;
   int64_t queries, classes, q_stride, p_stride, w_stride;
   bool product;
-  const T* next;
-  int64_t next_rows;
+};
+
+// Rows to be copied, a few at a time while something else is computed: row i of `to` is row source[i] of `from`, both
+// as wide as a panel of classes. `done` of them are.
+template <typename T>
+struct RowCopies {
+  const T* from;
+  const int64_t* source;
+  int64_t from_stride;
+  T* to;
+  int64_t to_stride, rows, done;
 };
 
 inline Metric metric_of(c10::string_view name) {

@@ -41,12 +41,12 @@ Range those_of(const std::vector<NearPair<T>>& pairs, Range rows) {
   return {before(rows.begin), before(rows.end)};
 }
 
-// Adds the differences of some pairs to the gradients of their rows x, out, in some columns.
+// Adds the differences of some pairs to the gradients of their rows x in some columns, the first of which is at out.
 template <typename T>
 void add_near(const std::vector<NearPair<T>>& pairs, Range some, const Points<T>& x, int64_t first_x,
-              const Points<T>& y, int64_t first_y, Range columns, T* out) {
-  FASTDA_RUN(add_near_pairs(pairs.data() + some.begin, some.size(), x.row(first_x), x.stride(), y.row(first_y),
-                            y.stride(), columns.begin, columns.end, out, x.features()));
+              const Points<T>& y, int64_t first_y, Range columns, T* out, int64_t out_stride) {
+  FASTDA_RUN(add_near_pairs(pairs.data() + some.begin, some.size(), x.row(first_x) + columns.begin, x.stride(),
+                            y.row(first_y) + columns.begin, y.stride(), columns.size(), out, out_stride));
 }
 
 // Calls found(query, class) for the pairs whose distances are negated, distances[q · stride + c], which they then are
@@ -88,12 +88,15 @@ class NearPairs {
     by_prototype_ = turned(by_query_);
   }
 
-  // Adds their differences to gradients, null for one that is not needed, in some columns.
-  void add(const Points<T>& q, Range queries, const Points<T>& p, Range columns, T* grad_queries,
-           T* grad_prototypes) const {
+  // Adds their differences to gradients in some columns, the first of which is at grad_queries and grad_prototypes:
+  // null for one that is not needed.
+  void add(const Points<T>& q, Range queries, const Points<T>& p, Range columns, T* grad_queries, T* grad_prototypes,
+           int64_t prototypes_stride) const {
     const Range all{0, static_cast<int64_t>(by_query_.size())};
-    if (grad_queries) add_near(by_query_, all, q, queries.begin, p, 0, columns, grad_queries);
-    if (grad_prototypes) add_near(by_prototype_, all, p, 0, q, queries.begin, columns, grad_prototypes);
+    if (grad_queries) add_near(by_query_, all, q, queries.begin, p, 0, columns, grad_queries, q.features());
+    if (grad_prototypes) {
+      add_near(by_prototype_, all, p, 0, q, queries.begin, columns, grad_prototypes, prototypes_stride);
+    }
   }
 
   // In all columns, on all threads.
@@ -103,7 +106,9 @@ class NearPairs {
     const int64_t work = static_cast<int64_t>(by_query_.size()) * lanes * 4;
     at::parallel_for(0, blocks(q.features(), lanes), thread_grain(work), [&](int64_t begin, int64_t end) {
       const FlushToZero flush;
-      add(q, queries, p, {begin * lanes, std::min(end * lanes, q.features())}, grad_queries, grad_prototypes);
+      const Range columns{begin * lanes, std::min(end * lanes, q.features())};
+      add(q, queries, p, columns, grad_queries ? grad_queries + columns.begin : nullptr,
+          grad_prototypes ? grad_prototypes + columns.begin : nullptr, p.features());
     });
   }
 

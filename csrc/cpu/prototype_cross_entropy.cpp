@@ -445,7 +445,8 @@ class LossAndGradients {
         const FlushToZero flush;
         if (grad_queries_) {
           sum_over_classes(terms, classes, share);
-          add_near(near, those_of(near, share.of(all, rows_at_once)), from_, 0, to, 0, {0, n_.features}, grad_queries_);
+          add_near(near, those_of(near, share.of(all, rows_at_once)), from_, 0, to, 0, {0, n_.features}, grad_queries_,
+                   n_.features);
         }
         if (grad_prototypes_) sum_over_queries(terms, classes, to, near_by_class, share);
       });
@@ -501,7 +502,7 @@ class LossAndGradients {
       sum_over_queries(terms, classes, to, c, std::min(some.end, (c / columns + 1) * columns) - c);
     }
     add_near(near, those_of(near, some), to, 0, from_, 0, {0, n_.features},
-             grad_prototypes_ + classes.begin * n_.features);
+             grad_prototypes_ + classes.begin * n_.features, n_.features);
     if (terms.held.queries().end == n_.queries) {
       to.through_directions(some.begin, some.end, grad_prototypes_ + (classes.begin + some.begin) * n_.features);
     }

@@ -39,12 +39,11 @@ T log_of_sum(T largest, T sum) {
   return std::isinf(largest) ? std::numeric_limits<T>::quiet_NaN() : std::log(sum);
 }
 
-// Empty classes have no gradient, also where weights are NaN; in some columns.
+// Empty classes have no gradient, also where weights are NaN; in so many columns.
 template <typename T>
-void clear_empty(const Points<T>& p, Range columns, T* grad) {
+void clear_empty(const Points<T>& p, int64_t width, T* grad, int64_t stride) {
   for (int64_t c = 0; p.empty() && c < p.count(); ++c) {
-    T* row = grad + c * p.features();
-    if (p.is_empty(c)) std::fill(row + columns.begin, row + columns.end, T(0));
+    if (p.is_empty(c)) std::fill(grad + c * stride, grad + c * stride + width, T(0));
   }
 }
 
@@ -52,7 +51,7 @@ void clear_empty(const Points<T>& p, Range columns, T* grad) {
 template <typename T>
 void finish_prototypes(const Points<T>& p, T* grad) {
   p.through_directions(0, p.count(), grad);
-  clear_empty(p, {0, p.features()}, grad);
+  clear_empty(p, p.features(), grad, p.features());
 }
 
 inline void check_label(const char* name, int64_t label, int64_t classes) {
@@ -72,7 +71,7 @@ auto accumulate_as(const Tensor& x, const F& run) {
 
 // A gradient in the shape and dtype of its input; empty where it was not needed.
 inline Tensor gradient_like(const Tensor& result, const Tensor& input, bool needed) {
-  return needed ? result.reshape(input.sizes()).to(input.scalar_type()) : result;
+  return needed ? as_type(result.reshape(input.sizes()), input.scalar_type()) : result;
 }
 
 inline Tensor empty_gradient(bool needed, at::IntArrayRef shape, const Tensor& input, at::ScalarType dtype) {

@@ -1,12 +1,17 @@
-// The prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries. It
-// leaves behind the weights that its gradients are taken from.
+// The prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries, and
+// the gradients, of queries and prototypes together, and of the support from those of the prototypes. These are found
+// with the loss, while an episode is near, or later from the weights that the loss leaves behind.
 #include "../autograd.h"
 #include "../common.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 
+#include <cstring>
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "metric.h"
 
@@ -22,71 +27,376 @@
 namespace fastda {
 namespace {
 
-using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+constexpr int64_t most_groups = 2;  // of classes: beyond, the queries' gradients are better summed in registers
 
-Episode prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                          const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
-                          c10::string_view metric, c10::string_view reduction) {
+// Gradients of all queries and prototypes from the weights, in one pass over the queries for each group of classes.
+// Each thread takes some columns.
+template <typename T>
+void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride, Metric metric,
+                           Put put, T* grad_queries, T* grad_prototypes) {
+  constexpr int64_t lanes = vector_bytes / sizeof(T);
+  const int64_t work = q.count() * p.count() * lanes;
+  at::parallel_for(0, q.depth() / lanes, thread_grain(2 * work), [&](int64_t begin, int64_t end) {
+    const FlushToZero flush;
+    for (int64_t c = 0; c < p.count(); c += classes_of_group) {
+      FASTDA_RUN(gradients_of_group(metric == Metric::cosine, q.row(0), q.stride(), q.count(), p.row(c), p.stride(),
+                                    std::min(classes_of_group, p.count() - c), weights + c, stride, begin * lanes,
+                                    end * lanes, q.features(), c == 0 ? put : Put::add, grad_queries,
+                                    grad_prototypes + c * q.features(), q.features()));
+    }
+  });
+}
+
+// What is made of the gradients of prototypes: rows that have each that of a class, divided by how many the class has,
+// if there are counts.
+template <typename T>
+struct RowsOfClasses {
+  const int64_t *counts, *classes;
+  int64_t rows, features;
+  T* grad;
+
+  // Divides some columns of the prototypes' gradients, the first of which is at `prototypes`, for rows that are still
+  // to be copied from them.
+  RowCopies<T> divide(T* prototypes, int64_t stride, int64_t num_classes, Range columns) const {
+    if (counts) FASTDA_RUN(divide_by_counts(prototypes, stride, columns.size(), counts, num_classes));
+    return {prototypes, classes, stride, grad + columns.begin, features, rows, 0};
+  }
+};
+
+// The same for many classes, by products: a thread packs only what belongs to its columns, and reads the queries' once
+// for both. Rows are copied from the prototypes' gradients during the products of the next columns. False where
+// differences have to be taken one by one: of many near pairs, or of what is not finite (where queries are not, their
+// weights are not either).
+template <typename T>
+bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vector<T>& centre, const T* weights,
+                          int64_t stride, const NearPairs<T>& near, Metric metric, T* grad_queries,
+                          const RowsOfClasses<T>& rows) {
+  if (near.too_many() || !p.is_finite()) return false;
+  int64_t part = 0;
+  bool many_parts = false;
+  FASTDA_RUN(queries_of_part<T>(q.count(), &part, &many_parts));
+  std::vector<double> of_queries(q.count(), 0), of_classes(blocks(q.count(), part) * p.count(), 0);
+  FASTDA_RUN(totals_of_weights(weights, stride, 1, q.count(), p.count(), of_queries.data()));
+  for (int64_t i = 0; i < q.count(); i += part) {
+    FASTDA_RUN(totals_of_weights(weights + i * stride, 1, stride, p.count(), std::min(part, q.count() - i),
+                                 of_classes.data() + i / part * p.count()));
+  }
+  const auto is_finite = [](double total) { return std::isfinite(total); };
+  if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
+  const PanelShape shape = class_panel_shape_of(T());
+  const int64_t lanes = panel_shape_of(T()).rows, threads = at::get_num_threads();
+  const int64_t width = std::min(shape.columns, blocks(q.features(), threads * lanes) * lanes);
+  const int64_t work = 2 * q.count() * p.count() * width;
+  threads_in_turn(blocks(q.features(), width), thread_grain(work), [&](const auto& take) {
+    const FlushToZero flush;
+    const int64_t block = (p.count() + shape.rows) * width;
+    const Scratch<T> scratch(shape.depth * width + block), found(2 * block);
+    const Scratch<double> sums(many_parts ? block : 0);
+    RowCopies<T> copies{};
+    int64_t turn = 0;
+    for (int64_t begin, end; take(&begin, &end);) {
+      for (int64_t d = begin * width; d < std::min(end * width, q.features()); d += width) {
+        const EpisodeWeights<T> of{q.row(0) + d,
+                                   p.row(0) + d,
+                                   weights,
+                                   centre.data() + d,
+                                   of_queries.data(),
+                                   of_classes.data(),
+                                   q.count(),
+                                   p.count(),
+                                   q.stride(),
+                                   p.stride(),
+                                   stride,
+                                   metric == Metric::cosine};
+        const Range columns{d, std::min(d + width, q.features())};
+        T* prototypes = found.data() + turn++ % 2 * block;
+        FASTDA_RUN(gradients_of_panel(of, columns.size(), &copies, grad_queries + d, q.features(), prototypes, width,
+                                      scratch.data(), sums.data()));
+        near.add(q, {0, q.count()}, p, columns, grad_queries + d, prototypes, width);
+        clear_empty(p, columns.size(), prototypes, width);
+        copies = rows.divide(prototypes, width, p.count(), columns);
+        if (columns.size() < shape.columns) FASTDA_RUN(copy_rest(&copies, columns.size()));
+      }
+    }
+    FASTDA_RUN(copy_rest(&copies, width));
+  });
+  return true;
+}
+
+// One episode, whose prototypes are known.
+template <typename T>
+class Episode {
+ public:
+  Episode(const Episodes& n, const Tensor& queries, const Tensor& prototypes, int64_t b)
+      : n_(n),
+        from_(Points<T>::queries(queries, b, n.metric)),
+        to_(Points<T>::prototypes(prototypes, b, 0, n.classes, n.metric)) {}
+
+  // The losses of all queries, what their gradients are taken from, and which pairs are near.
+  void find_losses(T temperature, const int64_t* labels, T* losses, T* weights, T* slopes, bool* near) {
+    const bool products = worth_products(n_.queries, n_.classes, n_.features);
+    const bool ask_near = worth_summing_products(n_.queries, n_.classes, n_.features);
+    std::optional<PackedClasses<T>> packed;
+    if (products) packed.emplace(to_, n_.metric, centre());
+    for_lanes<T>(n_.queries, n_.classes, n_.features, [&](Range some, T* scratch) {
+      T* distances = weights + some.begin * n_.classes;
+      bool* marks = near + some.begin * n_.classes;
+      std::fill(marks, marks + some.size() * n_.classes, false);
+      if (!products) {
+        find_distances_one_by_one(from_, some, to_, n_.metric, distances, n_.classes);
+      } else if (packed->find_distances(from_, some, distances, n_.classes, ask_near)) {
+        find_near(distances, n_.classes, some.size(), n_.classes,
+                  [&](int64_t i, int64_t c) { marks[i * n_.classes + c] = true; });
+      }
+      const FlushToZero flush;
+      FASTDA_RUN(losses_of_queries(distances, to_.empty(), some.size(), n_.classes, n_.metric, temperature,
+                                   labels + some.begin, scratch, losses + some.begin, slopes + some.begin));
+    });
+  }
+
+  // Gradients from what find_losses left and ∂L/∂loss, one of all queries or one of each; null for one that is not
+  // needed. The classes have so many samples.
+  void find_gradients(const T* of_losses, const T* weights, const bool* near, const int64_t* counts,
+                      const int64_t* support_labels, T* grad_support, T* grad_queries, Put put_queries) {
+    const int64_t stride = row_stride<T>(n_.classes);
+    const Scratch<T> scaled((n_.queries + class_panel_rows) * stride),
+        of_prototypes(grad_support ? n_.classes * n_.features : 0);
+    {
+      const FlushToZero flush;
+      FASTDA_RUN(scale_rows(weights, n_.queries, n_.classes, of_losses, n_.reduces ? 0 : 1,
+                            n_.reduces ? static_cast<T>(n_.share()) : T(1), scaled.data(), stride));
+    }
+    const bool both = grad_queries && grad_support, directions = n_.metric == Metric::cosine;
+    const bool one_pass = both && n_.classes <= most_groups * classes_of_group;
+    const bool once = !directions && (!one_pass || n_.classes <= classes_of_group);
+    const Put put = once ? put_queries : Put::store;
+    T* prototypes = of_prototypes.data();
+    const RowsOfClasses<T> samples{counts, support_labels, n_.support, n_.features, grad_support};
+    std::vector<int64_t> each(directions ? n_.classes : 0);  // gradients of directions go on by whole rows
+    std::iota(each.begin(), each.end(), 0);
+    const RowsOfClasses<T> classes{nullptr, each.data(), n_.classes, n_.features, prototypes};
+    NearPairs<T> pairs(n_.queries, n_.classes);
+    const bool *const first = near, *const end = near + n_.queries * n_.classes;
+    while (!one_pass && (near = static_cast<const bool*>(std::memchr(near, true, end - near)))) {
+      pairs.keep((near - first) / n_.classes, (near - first) % n_.classes);
+      ++near;
+    }
+    pairs.take(scaled.data(), stride);
+    bool samples_found = !grad_support;
+    if (one_pass) {
+      gradients_in_one_pass(from_, to_, scaled.data(), stride, n_.metric, put, grad_queries, prototypes);
+    } else if (both && worth_summing_products(n_.queries, n_.classes, n_.features) &&
+               gradients_by_columns(from_, to_, centre(), scaled.data(), stride, pairs, n_.metric, grad_queries,
+                                    directions ? classes : samples)) {
+      samples_found = !directions;
+    } else {
+      gradients_from_weights(from_, {0, n_.queries}, to_, scaled.data(), stride, pairs, n_.metric, put, grad_queries,
+                             Put::store, grad_support ? prototypes : nullptr);
+    }
+    if (grad_queries) from_.through_directions(0, n_.queries, grad_queries);
+    if (samples_found) return;
+    finish_prototypes(to_, prototypes);
+    constexpr int64_t lanes = vector_bytes / sizeof(T);
+    at::parallel_for(0, blocks(n_.features, lanes), grain(n_.support * lanes), [&](int64_t begin, int64_t end) {
+      const Range columns{begin * lanes, std::min(end * lanes, n_.features)};
+      RowCopies<T> copies = samples.divide(prototypes + columns.begin, n_.features, n_.classes, columns);
+      FASTDA_RUN(copy_rest(&copies, columns.size()));
+    });
+  }
+
+ private:
+  const std::vector<T>& centre() {
+    if (centre_.empty()) centre_ = centre_for(from_, {0, n_.queries}, n_.metric);
+    return centre_;
+  }
+
+  const Episodes& n_;
+  const Points<T> from_, to_;
+  std::vector<T> centre_;  // once it is asked for
+};
+
+// What the op returns: the loss, and what its gradients are taken from.
+struct EpisodeLoss {
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  EpisodeLoss(const Tensor& queries, const Episodes& n)
+      : losses(result(queries, {n.queries})),
+        loss(n.reduces ? result(queries, {}) : losses),
+        prototypes(result(queries, {n.classes, n.features})),
+        counts(result(queries, {n.classes}, at::kLong)),
+        weights(result(queries, {n.queries, n.classes})),
+        slopes(result(queries, {n.queries})),
+        near(result(queries, {n.queries, n.classes}, at::kBool)) {}
+
+  // Of an episode's shape, for the whole batch; past the dispatcher, which takes longer than a small episode.
+  static Tensor result(const Tensor& queries, std::initializer_list<int64_t> shape,
+                       std::optional<at::ScalarType> dtype = std::nullopt) {
+    return Tensor(at::detail::empty_cpu(batched(queries, 2, shape),
+                                        dtype ? *dtype : accumulate_type(queries.scalar_type())));
+  }
+
+  Results results() const { return {loss, prototypes, counts, weights, slopes, near}; }
+
+  const Tensor losses;  // of each query
+  const Tensor loss, prototypes, counts, weights, slopes, near;
+};
+
+// Finds the loss of each episode, then calls then(b, episode) while it is near.
+template <typename T, typename Then>
+void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries, const Tensor& temperature,
+                 const Tensor& support_labels, const Tensor& query_labels, const EpisodeLoss& result,
+                 const Then& then) {
+  const Tensor x = rows_of(support, n.batch), q = matrices(queries, n.batch), p = matrices(result.prototypes, n.batch);
+  const Tensor t = as_type(temperature, result.weights.scalar_type()).contiguous();
+  const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
+  for_batch(n.batch, [&](int64_t b) {
+    const int64_t* labels = query_label.const_data_ptr<int64_t>() + b * n.queries;
+    const Members members("support_labels", support_label.const_data_ptr<int64_t>() + b * n.support, n.support,
+                          n.classes);
+    for (int64_t i = 0; i < n.queries; ++i) check_label("query_labels", labels[i], n.classes);
+    find_means(members, x.const_data_ptr<T>() + b * n.support * n.features, n.support, n.classes, n.features,
+               std::numeric_limits<T>::quiet_NaN(), data<T>(result.prototypes) + b * n.classes * n.features,
+               data<int64_t>(result.counts) + b * n.classes);
+    Episode<T> episode(n, q, p, b);
+    T* losses = data<T>(result.losses) + b * n.queries;
+    episode.find_losses(t.const_data_ptr<T>()[b], labels, losses, data<T>(result.weights) + b * n.queries * n.classes,
+                        data<T>(result.slopes) + b * n.queries,
+                        data<bool>(result.near) + b * n.queries * n.classes);
+    if (n.reduces) {
+      double sum = 0;
+      for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(losses[i]);
+      data<T>(result.loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
+    }
+    then(b, episode);
+  });
+}
+
+// The gradients, in the accumulation dtype, of what needs them.
+struct EpisodeGradients {
+  EpisodeGradients(const Tensor& support, const Tensor& queries, const Tensor& temperature, bool need_support,
+                   bool need_queries, bool need_temperature)
+      : need_support(need_support),
+        need_queries(need_queries),
+        need_temperature(need_temperature),
+        support(empty_gradient(need_support, support.sizes(), support, accumulate_type(support.scalar_type()))),
+        queries(empty_gradient(need_queries, queries.sizes(), queries, accumulate_type(queries.scalar_type()))),
+        temperature(empty_gradient(need_temperature, temperature.sizes(), temperature,
+                                   accumulate_type(queries.scalar_type()))) {}
+
+  // Those of episode b; of_losses: ∂L/∂loss of its loss, or of each of its queries.
+  template <typename T>
+  void find(const Episodes& n, int64_t b, Episode<T>& episode, const T* of_losses, const Tensor& weights,
+            const Tensor& slopes, const Tensor& near, const Tensor& counts, const int64_t* support_labels) const {
+    const int64_t distances = b * n.queries * n.classes;
+    if (need_temperature) {
+      const T share = static_cast<T>(n.share()), *slope = slopes.const_data_ptr<T>() + b * n.queries;
+      double total = 0;
+      for (int64_t i = 0; i < n.queries; ++i) {
+        total += static_cast<double>((n.reduces ? of_losses[0] * share : of_losses[i]) * slope[i]);
+      }
+      data<T>(temperature)[b] = static_cast<T>(total);
+    }
+    if (!need_support && !need_queries) return;
+    T* of_queries = need_queries ? data<T>(queries) + b * n.queries * n.features : nullptr;
+    episode.find_gradients(of_losses, weights.const_data_ptr<T>() + distances,
+                           near.const_data_ptr<bool>() + distances,
+                           counts.const_data_ptr<int64_t>() + b * n.classes, support_labels,
+                           need_support ? data<T>(support) + b * n.support * n.features : nullptr, of_queries,
+                           need_queries ? put_once(queries, of_queries) : Put::store);
+  }
+
+  const bool need_support, need_queries, need_temperature;
+  const Tensor support, queries, temperature;
+};
+
+EpisodeLoss::Results prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
+                                       const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
+                                       c10::string_view metric, c10::string_view reduction) {
   const KernelGuard guard;
   const Episodes n =
       episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
-  const auto options = queries.options().dtype(accumulate_type(queries.scalar_type()));
-  const Tensor prototypes = at::empty(batched(queries, 2, {n.classes, n.features}), options);
-  const Tensor counts = at::empty(batched(queries, 2, {n.classes}), support_labels.options());
-  const Tensor weights = at::empty(batched(queries, 2, {n.queries, n.classes}), options);
-  const Tensor losses = at::empty(batched(queries, 2, {n.queries}), options);
-  const Tensor loss = n.reduces ? at::empty(batched(queries, 2, {}), options) : losses;
-  const Tensor slopes = at::empty(batched(queries, 2, {n.queries}), options);
-  const Tensor near = at::empty(weights.sizes(), options.dtype(at::kBool));
-  const Tensor x = rows_of(support, n.batch), q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
-  const Tensor t = temperature.to(options.dtype()).reshape({n.batch}).contiguous();
-  const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
+  const EpisodeLoss result(queries, n);
+  accumulate_as(queries, [&](auto zero) {
+    using T = decltype(zero);
+    find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result,
+                   [](int64_t, const Episode<T>&) {});
+  });
+  return result.results();
+}
+
+// The loss of an episode and its gradients in one pass. The losses of a batch are seldom summed: their gradients would
+// have to be scaled, which takes longer than a second pass.
+std::optional<WithGradients> prototypical_loss_with_gradients(const c10::IValue* arguments,
+                                                              const std::vector<bool>& needs) {
+  const Tensor &support = arguments[0].toTensor(), &queries = arguments[1].toTensor(),
+               &temperature = arguments[2].toTensor(), &support_labels = arguments[3].toTensor(),
+               &query_labels = arguments[4].toTensor();
+  const KernelGuard guard;
+  const Episodes n = episodes_of(support, queries, temperature, support_labels, query_labels, arguments[5].toInt(),
+                                 arguments[6].toStringView(), arguments[7].toStringView());
+  if (!n.reduces || n.batch != 1) return std::nullopt;
+  const EpisodeLoss result(queries, n);
+  const EpisodeGradients gradients(support, queries, temperature, needs[0], needs[1], needs[2]);
+  const Tensor labels = support_labels.contiguous();
+  accumulate_as(queries, [&](auto zero) {
+    using T = decltype(zero);
+    const T one = 1;
+    find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result,
+                   [&](int64_t b, Episode<T>& episode) {
+                     gradients.find(n, b, episode, &one, result.weights, result.slopes, result.near, result.counts,
+                                    labels.const_data_ptr<int64_t>() + b * n.support);
+                   });
+  });
+  return WithGradients{
+      {result.loss, result.prototypes, result.counts, result.weights, result.slopes, result.near},
+      {gradients.support, gradients.queries, gradients.temperature}};
+}
+
+std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
+    const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
+    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts,
+    const Tensor& weights, const Tensor& slopes, const Tensor& near, int64_t num_classes, c10::string_view metric,
+    c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
+  const KernelGuard guard;
+  const Episodes n =
+      episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
+  const int64_t distances = n.queries * n.classes;
+  check_count("grad_loss", grad_loss, n.batch * (n.reduces ? 1 : n.queries));
+  check_count("prototypes", prototypes, n.batch * n.classes * n.features);
+  check_count("counts", counts, n.batch * n.classes);
+  check_count("weights", weights, n.batch * distances);
+  check_count("slopes", slopes, n.batch * n.queries);
+  check_count("near", near, n.batch * distances);
+  const EpisodeGradients gradients(support, queries, temperature, need_support, need_queries, need_temperature);
+  const auto dtype = accumulate_type(queries.scalar_type());
+  const Tensor grad = as_type(grad_loss, dtype).contiguous(), q = matrices(queries, n.batch),
+               p = matrices(prototypes, n.batch);
+  const Tensor w = as_type(weights, dtype).contiguous(), slope = as_type(slopes, dtype).contiguous();
+  const Tensor label = support_labels.contiguous(), count = counts.contiguous(), marks = near.contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
-      const int64_t* labels = query_label.const_data_ptr<int64_t>() + b * n.queries;
-      const Members members("support_labels", support_label.const_data_ptr<int64_t>() + b * n.support, n.support,
-                            n.classes);
-      for (int64_t i = 0; i < n.queries; ++i) check_label("query_labels", labels[i], n.classes);
-      find_means(members, x.const_data_ptr<T>() + b * n.support * n.features, n.support, n.classes, n.features,
-                 std::numeric_limits<T>::quiet_NaN(), data<T>(prototypes) + b * n.classes * n.features,
-                 data<int64_t>(counts) + b * n.classes);
-      const auto from = Points<T>::queries(q, b, n.metric), to = Points<T>::prototypes(p, b, 0, n.classes, n.metric);
-      T *weight = data<T>(weights) + b * n.queries * n.classes, *each = data<T>(losses) + b * n.queries;
-      bool* near_pairs = data<bool>(near) + b * n.queries * n.classes;
-      const bool products = worth_products(n.queries, n.classes, n.features);
-      const bool ask_near = worth_summing_products(n.queries, n.classes, n.features);
-      const auto centre = products ? centre_for(from, {0, n.queries}, n.metric) : std::vector<T>();
-      std::optional<PackedClasses<T>> packed;
-      if (products) packed.emplace(to, n.metric, centre);
-      for_lanes<T>(n.queries, n.classes, n.features, [&](Range some, T* scratch) {
-        T* distances = weight + some.begin * n.classes;
-        bool* mark = near_pairs + some.begin * n.classes;
-        std::fill(mark, mark + some.size() * n.classes, false);
-        if (!products) {
-          find_distances_one_by_one(from, some, to, n.metric, distances, n.classes);
-        } else if (packed->find_distances(from, some, distances, n.classes, ask_near)) {
-          find_near(distances, n.classes, some.size(), n.classes,
-                    [&](int64_t i, int64_t c) { mark[i * n.classes + c] = true; });
-        }
-        const FlushToZero flush;
-        FASTDA_RUN(losses_of_queries(distances, to.empty(), some.size(), n.classes, n.metric,
-                                     t.const_data_ptr<T>()[b], labels + some.begin, scratch, each + some.begin,
-                                     data<T>(slopes) + b * n.queries + some.begin));
-      });
-      if (!n.reduces) return;
-      double sum = 0;
-      for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(each[i]);
-      data<T>(loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
+      const int64_t* labels = label.const_data_ptr<int64_t>() + b * n.support;
+      for (int64_t s = 0; s < n.support; ++s) check_label("support_labels", labels[s], n.classes);
+      Episode<T> episode(n, q, p, b);
+      gradients.find(n, b, episode, grad.const_data_ptr<T>() + b * (n.reduces ? 1 : n.queries), w, slope, marks, count,
+                     labels);
     });
   });
-  return {loss, prototypes, counts, weights, slopes, near};
+  return {gradient_like(gradients.support, support, need_support),
+          gradient_like(gradients.queries, queries, need_queries),
+          gradient_like(gradients.temperature, temperature, need_temperature)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastda, CPU, m) { m.impl("prototypical_loss", &prototypical_loss); }
+TORCH_LIBRARY_IMPL(fastda, CPU, m) {
+  m.impl("prototypical_loss", &prototypical_loss);
+  m.impl("prototypical_loss_backward", &prototypical_loss_backward);
+}
 
-TORCH_LIBRARY_IMPL(fastda, Autograd, m) { differentiable(m, "prototypical_loss"); }
+TORCH_LIBRARY_IMPL(fastda, Autograd, m) {
+  differentiable(m, "prototypical_loss", &prototypical_loss_with_gradients);
+}
 
 }  // namespace fastda
