@@ -18,6 +18,9 @@ void class_panel_shape(PanelShape* shape) {
   *shape = {class_panel_rows, ClassPanel<T>::columns, ClassPanel<T>::depth};
 }
 
+// Apart, an inner loop has all registers to itself.
+#define FASTDA_APART __attribute__((noinline))
+
 // Without it GCC takes a lambda that does nothing but fetch for one that does nothing.
 #define FASTDA_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -41,7 +44,7 @@ FASTDA_INLINE void add_products_and(const Meanwhile& meanwhile, const T* a, int6
 template <typename T, int write = 0>
 FASTDA_INLINE void fetch(const T* x, int64_t width) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t d = 0; d <= width; d += line) __builtin_prefetch(x + d, write);
+  for (int64_t d = 0; d < width; d += line) __builtin_prefetch(x + d, write);
 }
 
 // Goes on with copies, some rows of them.
@@ -101,7 +104,9 @@ void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t dept
       centre_rows(from, stride, some, some_depth, centre + k, centred,
                   squares ? squares + i * Grid<T>::lanes : nullptr);
       clear<T, vectors, rows>(sum);
-      const auto fetch_next = [&](int64_t r) FASTDA_INLINE_LAMBDA { fetch(from + (rows + r) * stride, some_depth); };
+      const auto fetch_next = [&](int64_t r) FASTDA_INLINE_LAMBDA {
+        fetch(from + (rows + r) * stride, some_depth + 1);  // the next columns' first line too
+      };
       add_products_and<T, vectors, rows>(fetch_next, centred, 1, P::depth, panel + k * vectors * P::lanes, some_depth,
                                          sum);
       put_rows<T, vectors, rows>(sum, some, vectors * P::lanes, k > 0, out + i * out_stride, out_stride);
@@ -169,9 +174,9 @@ FASTDA_INLINE void complete_rows(const double* totals, int64_t count, const T* c
 // Gradients of some queries, that is sums over classes first to first + depth; the first ones complete them, and leave
 // the queries less the centre.
 template <typename T, int vectors>
-FASTDA_INLINE void sum_over_some_classes(const EpisodeWeights<T>& of, int64_t begin, int64_t end, int64_t first,
-                                         int64_t depth, const T* centred_p, int64_t width, T* centred_q, T* grad_q,
-                                         int64_t stride) {
+FASTDA_APART void sum_over_some_classes(const EpisodeWeights<T>& of, int64_t begin, int64_t end, int64_t first,
+                                        int64_t depth, const T* centred_p, int64_t width, T* centred_q, T* grad_q,
+                                        int64_t stride) {
   using G = Grid<T>;
   constexpr int rows = ClassPanel<T>::rows_beside(vectors);
   typename G::Vector sum[rows][vectors];
@@ -215,18 +220,30 @@ void queries_of_part(int64_t queries, int64_t* count, bool* many_parts) {
   *count = *many_parts ? most_of_many : ((queries + parts - 1) / parts + whole - 1) / whole * whole;
 }
 
-// Stores a few rows of sums, or adds them to what is there, in float64 where that is asked for.
-template <typename T, int vectors, int rows>
-FASTDA_INLINE void put_sums(const typename Grid<T>::Vector (*sum)[vectors], bool add, T* out, int64_t stride,
-                            double* in_float64) {
+// Gradients of prototypes, that is sums over so many queries from `first` on, less the centre; stored, added to what is
+// there, or added up in float64.
+template <typename T, int vectors, bool in_float64>
+FASTDA_APART void sum_over_some_queries(const EpisodeWeights<T>& of, int64_t first, int64_t depth, const double* totals,
+                           const T* centred_q, const T* centred_p, RowCopies<T>* copies, int64_t copies_at_once,
+                           T* grad_p, int64_t p_stride, double* sums) {
   using G = Grid<T>;
+  constexpr int rows = ClassPanel<T>::rows_beside(vectors);
   constexpr int64_t columns = vectors * G::lanes;
-  if (!in_float64) return put_rows<T, vectors, rows>(sum, rows, columns, add, out, stride);
-  for (int64_t d = 0; !add && d < rows * columns; ++d) in_float64[d] = 0;
+  const auto copy = [&](int64_t) FASTDA_INLINE_LAMBDA { copy_rows(copies, copies_at_once); };
+  typename G::Vector sum[rows][vectors];
+  for (int64_t c = 0; c < of.classes; c += rows, centred_p += rows * columns, grad_p += rows * p_stride) {
+    clear<T, vectors, rows>(sum);
+    add_products_and<T, vectors, rows>(copy, of.w + first * of.w_stride + c, of.w_stride, 1, centred_q, depth, sum);
+    if (!of.product) complete_rows<T, vectors, rows>(totals + c, least(rows, of.classes - c), centred_p, sum);
+    if (!in_float64) {
+      put_rows<T, vectors, rows>(sum, rows, columns, first > 0, grad_p, p_stride);
+      continue;
+    }
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) G::add_in_float64(sum[r][v], in_float64 + (r * vectors + v) * G::lanes);
+      for (int v = 0; v < vectors; ++v, sums += G::lanes) G::add_in_float64(sum[r][v], sums);
+    }
   }
 }
 
@@ -238,7 +255,6 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, RowCopies<
   constexpr int rows = P::rows_beside(vectors);
   constexpr int64_t columns = vectors * G::lanes;
   T *centred_q = scratch, *centred_p = centred_q + P::depth * columns;
-  typename G::Vector sum[rows][vectors];
   for (int64_t c = 0; c < of.classes; ++c) {
     centre_columns_of<T, vectors>(of.p + c * of.p_stride, of.centre, centred_p + c * columns);
   }
@@ -247,7 +263,7 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, RowCopies<
   queries_of_part<T>(of.queries, &at_once, &many_parts);
   const int64_t turns = (of.queries + at_once - 1) / at_once * ((of.classes + rows - 1) / rows) * rows;
   const int64_t at_a_turn = (copies->rows + turns - 1) / turns;
-  const auto copy = [&](int64_t) FASTDA_INLINE_LAMBDA { copy_rows(copies, at_a_turn); };
+  for (int64_t d = 0; many_parts && d < (of.classes + rows) * columns; ++d) sums[d] = 0;
   const double* totals = of.of_classes;
   for (int64_t first = 0; first < of.queries; first += at_once, totals += of.classes) {
     const int64_t last = least(first + at_once, of.queries);
@@ -255,16 +271,8 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, RowCopies<
       sum_over_some_classes<T, vectors>(of, first, last, c, least(P::depth, of.classes - c), centred_p + c * columns,
                                         width, centred_q, grad_q, stride);
     }
-    for (int64_t c = 0; c < of.classes; c += rows) {
-      clear<T, vectors, rows>(sum);
-      add_products_and<T, vectors, rows>(copy, of.w + first * of.w_stride + c, of.w_stride, 1, centred_q, last - first,
-                                         sum);
-      if (!of.product) {
-        complete_rows<T, vectors, rows>(totals + c, least(rows, of.classes - c), centred_p + c * columns, sum);
-      }
-      put_sums<T, vectors, rows>(sum, first > 0, grad_p + c * p_stride, p_stride,
-                                 many_parts ? sums + c * columns : nullptr);
-    }
+    const auto run = many_parts ? &sum_over_some_queries<T, vectors, true> : &sum_over_some_queries<T, vectors, false>;
+    run(of, first, last - first, totals, centred_q, centred_p, copies, at_a_turn, grad_p, p_stride, sums);
   }
   for (int64_t c = 0; many_parts && c < of.classes; ++c) {
     for (int64_t d = 0; d < columns; ++d) grad_p[c * p_stride + d] = static_cast<T>(sums[c * columns + d]);
@@ -306,3 +314,4 @@ void divide_by_counts(T* rows, int64_t stride, int64_t width, const int64_t* cou
 
 #undef FASTDA_WITH_CLASS_VECTORS
 #undef FASTDA_INLINE_LAMBDA
+#undef FASTDA_APART
