@@ -58,6 +58,7 @@ FASTDA_INLINE void copy_rows(RowCopies<T>* copies, int64_t rows) {
     T* to = copies->to + copies->done * copies->to_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) G::store(to + v * G::lanes, G::load(from + v * G::lanes));
+    if (copies->ahead) fetch<T, 1>(to + copies->ahead, vectors * G::lanes);
   }
 }
 
@@ -209,8 +210,25 @@ FASTDA_APART void sum_over_some_classes(const EpisodeWeights<T>& of, int64_t beg
   }
 }
 
+// Rows become columns; of each as much is written as whole squares of vectors hold.
+template <typename T>
+void turn_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, T* turned, int64_t turned_stride) {
+  using G = Grid<T>;
+  for (int64_t i = 0; i < rows; i += G::lanes) {
+    for (int64_t c = 0; c < columns; c += G::lanes) {
+      typename G::Vector some[G::lanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < G::lanes; ++r) some[r] = G::load(x + least(i + r, rows - 1) * stride + c);
+      turn<1, G::lanes>(some, std::make_index_sequence<G::lanes>{});
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < G::lanes; ++r) G::store(turned + (c + r) * turned_stride + i, some[r]);
+    }
+  }
+}
+
 // How many queries a sum goes over, in all parts alike. Of many, most of which are far from a class, each adds next to
-// nothing to what a few have added, and is rounded as the one before: such sums are to be short, and added up in float64.
+// nothing to what a few have added, and is rounded as the one before: such sums are to be short, and added up in
+// float64.
 template <typename T>
 void queries_of_part(int64_t queries, int64_t* count, bool* many_parts) {
   constexpr int64_t whole = 24, few_parts = 4;  // whole: of any number of rows
@@ -224,8 +242,8 @@ void queries_of_part(int64_t queries, int64_t* count, bool* many_parts) {
 // there, or added up in float64.
 template <typename T, int vectors, bool in_float64>
 FASTDA_APART void sum_over_some_queries(const EpisodeWeights<T>& of, int64_t first, int64_t depth, const double* totals,
-                           const T* centred_q, const T* centred_p, RowCopies<T>* copies, int64_t copies_at_once,
-                           T* grad_p, int64_t p_stride, double* sums) {
+                                        const T* centred_q, const T* centred_p, RowCopies<T>* copies,
+                                        int64_t copies_at_once, T* grad_p, int64_t p_stride, double* sums) {
   using G = Grid<T>;
   constexpr int rows = ClassPanel<T>::rows_beside(vectors);
   constexpr int64_t columns = vectors * G::lanes;
@@ -233,7 +251,8 @@ FASTDA_APART void sum_over_some_queries(const EpisodeWeights<T>& of, int64_t fir
   typename G::Vector sum[rows][vectors];
   for (int64_t c = 0; c < of.classes; c += rows, centred_p += rows * columns, grad_p += rows * p_stride) {
     clear<T, vectors, rows>(sum);
-    add_products_and<T, vectors, rows>(copy, of.w + first * of.w_stride + c, of.w_stride, 1, centred_q, depth, sum);
+    add_products_and<T, vectors, rows>(copy, of.by_class + c * of.class_stride + first, 1, of.class_stride, centred_q,
+                                       depth, sum);
     if (!of.product) complete_rows<T, vectors, rows>(totals + c, least(rows, of.classes - c), centred_p, sum);
     if (!in_float64) {
       put_rows<T, vectors, rows>(sum, rows, columns, first > 0, grad_p, p_stride);

@@ -41,13 +41,13 @@ struct LossGradient {
 };
 
 // What the gradients of an episode are taken from: points and one in their middle, weights w(q, c) at
-// w[q · w_stride + c], and the weights' sums over the classes, and over the queries of each part of them. Weights are
-// read up to class_panel_rows rows and columns further.
+// w[q · w_stride + c] and at by_class[c · class_stride + q], and the weights' sums over the classes, and over the queries
+// of each part of them. Weights are read up to class_panel_rows rows further.
 template <typename T>
 struct EpisodeWeights {
-  const T *q, *p, *w, *centre;
+  const T *q, *p, *w, *by_class, *centre;
   const double *of_queries, *of_classes;
-  int64_t queries, classes, q_stride, p_stride, w_stride;
+  int64_t queries, classes, q_stride, p_stride, w_stride, class_stride;
   bool product;
 };
 
@@ -60,6 +60,7 @@ struct RowCopies {
   int64_t from_stride;
   T* to;
   int64_t to_stride, rows, done;
+  int64_t ahead;  // how far from here are rows that will be written soon, to be fetched meanwhile; 0 for none
 };
 
 inline Metric metric_of(c10::string_view name) {

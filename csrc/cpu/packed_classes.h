@@ -22,18 +22,23 @@ class PackedClasses {
         centre_(centre),
         lanes_(panel_shape_of(T()).rows),
         columns_(class_panel_shape_of(T()).columns),
-        packed_(whole_lanes(p.count()) * p.depth()),
-        norms_(whole_lanes(p.count())),
-        rests_(whole_lanes(p.count())) {
+        memory_(whole_lanes(p.count()) * (p.depth() + 2)),
+        packed_(memory_.data()),
+        norms_(packed_ + whole_lanes(p.count()) * p.depth()),
+        rests_(norms_ + whole_lanes(p.count())) {
     const int64_t work = lanes_ * p.depth() * 16;
     at::parallel_for(0, blocks(p.count(), lanes_), thread_grain(work), [&](int64_t begin, int64_t end) {
       for (int64_t first = begin * lanes_; first < end * lanes_; first += lanes_) {
         const int64_t panel = first / columns_ * columns_, width = whole_lanes(std::min(columns_, p.count() - panel));
         FASTDA_RUN(pack_lanes(p.row(first), p.stride(), std::min(lanes_, p.count() - first), p.depth(), centre.data(),
-                              width, packed_.data() + panel * p.depth() + first - panel, norms_.data() + first,
-                              rests_.data() + first));
+                              width, packed_ + panel * p.depth() + first - panel, norms_ + first, rests_ + first));
       }
     });
+  }
+
+  // Whether the squares of all classes are; then the classes are too.
+  bool is_finite() const {
+    return std::all_of(norms_, norms_ + p_.count(), [](T norm) { return std::isfinite(norm); });
   }
 
   // out[(q − queries.begin) · stride + c]: the distance from query q to class c. Whether there are near pairs, whose
@@ -57,13 +62,12 @@ class PackedClasses {
     std::vector<T> norms(count);
     for (int64_t first = 0; first < p_.count(); first += columns_) {
       const int64_t classes = std::min(columns_, p_.count() - first);
-      FASTDA_RUN(products_of_rows(q.row(some.begin), q.stride(), count, depth, centre_.data(),
-                                  packed_.data() + first * depth, classes, first == 0 ? squares.data() : nullptr,
-                                  products, columns_));
+      FASTDA_RUN(products_of_rows(q.row(some.begin), q.stride(), count, depth, centre_.data(), packed_ + first * depth,
+                                  classes, first == 0 ? squares.data() : nullptr, products, columns_));
       if (first == 0) FASTDA_RUN(norms_of_rows(squares.data(), count, norms.data()));
       FASTDA_RUN(distances_from_products(metric_, products, columns_, q.row(some.begin), q.stride(), norms.data(),
-                                         count, p_.row(first), p_.stride(), norms_.data() + first,
-                                         rests_.data() + first, classes, depth, out + first, stride, near));
+                                         count, p_.row(first), p_.stride(), norms_ + first, rests_ + first, classes,
+                                         depth, out + first, stride, near));
     }
   }
 
@@ -73,7 +77,8 @@ class PackedClasses {
   const Metric metric_;
   const std::vector<T>& centre_;
   const int64_t lanes_, columns_;
-  const Scratch<T> packed_, norms_, rests_;
+  const Scratch<T> memory_;
+  T *const packed_, *const norms_, *const rests_;
 };
 
 }  // namespace

@@ -100,6 +100,8 @@ class Points {
     return finite_ == 1;
   }
 
+  void is_known_to_be_finite() const { finite_ = 1; }
+
   // The gradient of row i through x/‖x‖, in place.
   void through_directions(int64_t begin, int64_t end, T* grad) const {
     for (int64_t i = begin; i < end && metric_ == Metric::cosine; ++i) {

@@ -59,7 +59,7 @@ struct RowsOfClasses {
   // to be copied from them.
   RowCopies<T> divide(T* prototypes, int64_t stride, int64_t num_classes, Range columns) const {
     if (counts) FASTDA_RUN(divide_by_counts(prototypes, stride, columns.size(), counts, num_classes));
-    return {prototypes, classes, stride, grad + columns.begin, features, rows, 0};
+    return {prototypes, classes, stride, grad + columns.begin, features, rows, 0, 0};
   }
 };
 
@@ -77,14 +77,17 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vec
   FASTDA_RUN(queries_of_part<T>(q.count(), &part, &many_parts));
   std::vector<double> of_queries(q.count(), 0), of_classes(blocks(q.count(), part) * p.count(), 0);
   FASTDA_RUN(totals_of_weights(weights, stride, 1, q.count(), p.count(), of_queries.data()));
+  const int64_t class_stride = row_stride<T>(q.count()), lanes = panel_shape_of(T()).rows;
+  const Scratch<T> by_class((blocks(p.count(), lanes) * lanes + class_panel_rows) * class_stride);
+  FASTDA_RUN(turn_rows(weights, stride, q.count(), p.count(), by_class.data(), class_stride));
   for (int64_t i = 0; i < q.count(); i += part) {
-    FASTDA_RUN(totals_of_weights(weights + i * stride, 1, stride, p.count(), std::min(part, q.count() - i),
+    FASTDA_RUN(totals_of_weights(by_class.data() + i, class_stride, 1, p.count(), std::min(part, q.count() - i),
                                  of_classes.data() + i / part * p.count()));
   }
   const auto is_finite = [](double total) { return std::isfinite(total); };
   if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
   const PanelShape shape = class_panel_shape_of(T());
-  const int64_t lanes = panel_shape_of(T()).rows, threads = at::get_num_threads();
+  const int64_t threads = at::get_num_threads();
   const int64_t width = std::min(shape.columns, blocks(q.features(), threads * lanes) * lanes);
   const int64_t work = 2 * q.count() * p.count() * width;
   threads_in_turn(blocks(q.features(), width), thread_grain(work), [&](const auto& take) {
@@ -96,20 +99,16 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vec
     int64_t turn = 0;
     for (int64_t begin, end; take(&begin, &end);) {
       for (int64_t d = begin * width; d < std::min(end * width, q.features()); d += width) {
-        const EpisodeWeights<T> of{q.row(0) + d,
-                                   p.row(0) + d,
-                                   weights,
-                                   centre.data() + d,
-                                   of_queries.data(),
-                                   of_classes.data(),
-                                   q.count(),
-                                   p.count(),
-                                   q.stride(),
-                                   p.stride(),
-                                   stride,
-                                   metric == Metric::cosine};
+        const EpisodeWeights<T> of{q.row(0) + d,      p.row(0) + d,
+                                   weights,           by_class.data(),
+                                   centre.data() + d, of_queries.data(),
+                                   of_classes.data(), q.count(),
+                                   p.count(),         q.stride(),
+                                   p.stride(),        stride,
+                                   class_stride,      metric == Metric::cosine};
         const Range columns{d, std::min(d + width, q.features())};
         T* prototypes = found.data() + turn++ % 2 * block;
+        if (columns.end == q.features()) copies.ahead = width;  // after the last products, rows are only copied
         FASTDA_RUN(gradients_of_panel(of, columns.size(), &copies, grad_queries + d, q.features(), prototypes, width,
                                       scratch.data(), sums.data()));
         near.add(q, {0, q.count()}, p, columns, grad_queries + d, prototypes, width);
@@ -138,6 +137,7 @@ class Episode {
     const bool ask_near = worth_summing_products(n_.queries, n_.classes, n_.features);
     std::optional<PackedClasses<T>> packed;
     if (products) packed.emplace(to_, n_.metric, centre());
+    if (products && packed->is_finite()) to_.is_known_to_be_finite();
     for_lanes<T>(n_.queries, n_.classes, n_.features, [&](Range some, T* scratch) {
       T* distances = weights + some.begin * n_.classes;
       bool* marks = near + some.begin * n_.classes;
@@ -159,8 +159,7 @@ class Episode {
   void find_gradients(const T* of_losses, const T* weights, const bool* near, const int64_t* counts,
                       const int64_t* support_labels, T* grad_support, T* grad_queries, Put put_queries) {
     const int64_t stride = row_stride<T>(n_.classes);
-    const Scratch<T> scaled((n_.queries + class_panel_rows) * stride),
-        of_prototypes(grad_support ? n_.classes * n_.features : 0);
+    const Scratch<T> scaled((n_.queries + class_panel_rows) * stride);
     {
       const FlushToZero flush;
       FASTDA_RUN(scale_rows(weights, n_.queries, n_.classes, of_losses, n_.reduces ? 0 : 1,
@@ -170,11 +169,7 @@ class Episode {
     const bool one_pass = both && n_.classes <= most_groups * classes_of_group;
     const bool once = !directions && (!one_pass || n_.classes <= classes_of_group);
     const Put put = once ? put_queries : Put::store;
-    T* prototypes = of_prototypes.data();
     const RowsOfClasses<T> samples{counts, support_labels, n_.support, n_.features, grad_support};
-    std::vector<int64_t> each(directions ? n_.classes : 0);  // gradients of directions go on by whole rows
-    std::iota(each.begin(), each.end(), 0);
-    const RowsOfClasses<T> classes{nullptr, each.data(), n_.classes, n_.features, prototypes};
     NearPairs<T> pairs(n_.queries, n_.classes);
     const bool *const first = near, *const end = near + n_.queries * n_.classes;
     while (!one_pass && (near = static_cast<const bool*>(std::memchr(near, true, end - near)))) {
@@ -182,19 +177,24 @@ class Episode {
       ++near;
     }
     pairs.take(scaled.data(), stride);
-    bool samples_found = !grad_support;
+    const bool by_columns = both && !one_pass && worth_summing_products(n_.queries, n_.classes, n_.features);
+    const auto found_by_columns = [&](const RowsOfClasses<T>& rows) {
+      return by_columns &&
+             gradients_by_columns(from_, to_, centre(), scaled.data(), stride, pairs, n_.metric, grad_queries, rows);
+    };
+    if (!directions && found_by_columns(samples)) return;
+    const Scratch<T> of_prototypes(grad_support ? n_.classes * n_.features : 0);
+    T* prototypes = of_prototypes.data();
+    std::vector<int64_t> each(directions ? n_.classes : 0);
+    std::iota(each.begin(), each.end(), 0);
     if (one_pass) {
       gradients_in_one_pass(from_, to_, scaled.data(), stride, n_.metric, put, grad_queries, prototypes);
-    } else if (both && worth_summing_products(n_.queries, n_.classes, n_.features) &&
-               gradients_by_columns(from_, to_, centre(), scaled.data(), stride, pairs, n_.metric, grad_queries,
-                                    directions ? classes : samples)) {
-      samples_found = !directions;
-    } else {
+    } else if (!directions || !found_by_columns({nullptr, each.data(), n_.classes, n_.features, prototypes})) {
       gradients_from_weights(from_, {0, n_.queries}, to_, scaled.data(), stride, pairs, n_.metric, put, grad_queries,
-                             Put::store, grad_support ? prototypes : nullptr);
+                             Put::store, prototypes);
     }
     if (grad_queries) from_.through_directions(0, n_.queries, grad_queries);
-    if (samples_found) return;
+    if (!grad_support) return;
     finish_prototypes(to_, prototypes);
     constexpr int64_t lanes = vector_bytes / sizeof(T);
     at::parallel_for(0, blocks(n_.features, lanes), grain(n_.support * lanes), [&](int64_t begin, int64_t end) {
@@ -231,8 +231,8 @@ struct EpisodeLoss {
   // Of an episode's shape, for the whole batch; past the dispatcher, which takes longer than a small episode.
   static Tensor result(const Tensor& queries, std::initializer_list<int64_t> shape,
                        std::optional<at::ScalarType> dtype = std::nullopt) {
-    return Tensor(at::detail::empty_cpu(batched(queries, 2, shape),
-                                        dtype ? *dtype : accumulate_type(queries.scalar_type())));
+    return Tensor(
+        at::detail::empty_cpu(batched(queries, 2, shape), dtype ? *dtype : accumulate_type(queries.scalar_type())));
   }
 
   Results results() const { return {loss, prototypes, counts, weights, slopes, near}; }
@@ -260,8 +260,7 @@ void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries
     Episode<T> episode(n, q, p, b);
     T* losses = data<T>(result.losses) + b * n.queries;
     episode.find_losses(t.const_data_ptr<T>()[b], labels, losses, data<T>(result.weights) + b * n.queries * n.classes,
-                        data<T>(result.slopes) + b * n.queries,
-                        data<bool>(result.near) + b * n.queries * n.classes);
+                        data<T>(result.slopes) + b * n.queries, data<bool>(result.near) + b * n.queries * n.classes);
     if (n.reduces) {
       double sum = 0;
       for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(losses[i]);
@@ -298,8 +297,7 @@ struct EpisodeGradients {
     }
     if (!need_support && !need_queries) return;
     T* of_queries = need_queries ? data<T>(queries) + b * n.queries * n.features : nullptr;
-    episode.find_gradients(of_losses, weights.const_data_ptr<T>() + distances,
-                           near.const_data_ptr<bool>() + distances,
+    episode.find_gradients(of_losses, weights.const_data_ptr<T>() + distances, near.const_data_ptr<bool>() + distances,
                            counts.const_data_ptr<int64_t>() + b * n.classes, support_labels,
                            need_support ? data<T>(support) + b * n.support * n.features : nullptr, of_queries,
                            need_queries ? put_once(queries, of_queries) : Put::store);
@@ -347,9 +345,8 @@ std::optional<WithGradients> prototypical_loss_with_gradients(const c10::IValue*
                                     labels.const_data_ptr<int64_t>() + b * n.support);
                    });
   });
-  return WithGradients{
-      {result.loss, result.prototypes, result.counts, result.weights, result.slopes, result.near},
-      {gradients.support, gradients.queries, gradients.temperature}};
+  return WithGradients{{result.loss, result.prototypes, result.counts, result.weights, result.slopes, result.near},
+                       {gradients.support, gradients.queries, gradients.temperature}};
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
@@ -395,8 +392,6 @@ TORCH_LIBRARY_IMPL(fastda, CPU, m) {
   m.impl("prototypical_loss_backward", &prototypical_loss_backward);
 }
 
-TORCH_LIBRARY_IMPL(fastda, Autograd, m) {
-  differentiable(m, "prototypical_loss", &prototypical_loss_with_gradients);
-}
+TORCH_LIBRARY_IMPL(fastda, Autograd, m) { differentiable(m, "prototypical_loss", &prototypical_loss_with_gradients); }
 
 }  // namespace fastda
