@@ -310,6 +310,7 @@ FASTDA_INLINE void add_products(const T* a, int64_t step, int64_t row, const T* 
                                 typename Grid<T>::Vector (*sum)[vectors]) {
   using G = Grid<T>;
   constexpr int64_t ahead = 8;
+#pragma GCC unroll 2  // fewer instructions beside the products, where another thread shares the core
   for (int64_t k = 0; k < depth; ++k, a += step, b += vectors * G::lanes) {
     typename G::Vector right[vectors];
 #pragma GCC unroll 4

@@ -44,7 +44,7 @@ class PackedClasses {
   // out[(q − queries.begin) · stride + c]: the distance from query q to class c. Whether there are near pairs, whose
   // distances are negated then, where that is asked for.
   bool find_distances(const Points<T>& q, Range queries, T* out, int64_t stride, bool ask_near) const {
-    constexpr int64_t at_once = 240;  // queries, whose products stay in the second cache; a multiple of rows_beside
+    constexpr int64_t at_once = 480;  // queries, whose products stay in the second cache; a multiple of rows_beside
     const Scratch<T> products(std::min(at_once, queries.size()) * columns_);
     bool near = false;
     for (int64_t begin = queries.begin; begin < queries.end; begin += at_once) {
