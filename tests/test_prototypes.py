@@ -625,13 +625,13 @@ def test_gradients_taken_in_the_forward_pass_are_not_those_of_what_was_overwritt
 @pytest.mark.compiled_core
 @each_metric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("classes, queries", [(5, 30), (12, 30), (60, 130), (60, 530)])
+@pytest.mark.parametrize("classes, count", [(5, 30), (12, 30), (60, 130), (60, 530)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradients_of_an_episode_are_taken_with_its_loss(metric, dtype, classes, queries, reduction):
+def test_gradients_of_an_episode_are_taken_with_its_loss(metric, dtype, classes, count, reduction):
     """Those of a batch are not: eager mode takes the backward op for it, and finds the same."""
     draw = Draw(Sizes(features=90), dtype)
-    support, queries = draw.samples(3 * classes), draw.samples(queries)
-    labels, targets = torch.arange(3 * classes) % classes, draw.labels(len(queries)).remainder(classes)
+    support, queries = draw.samples(3 * classes), draw.samples(count)
+    labels, targets = torch.arange(3 * classes) % classes, draw.labels(count).remainder(classes)
     temperature = torch.tensor(0.3 if metric == "cosine" else 20.0)
 
     def loss(support, queries, temperature, batch=()):

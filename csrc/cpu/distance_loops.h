@@ -611,7 +611,8 @@ void add_near_pairs(const NearPair<T>* pairs, int64_t count, const T* x, int64_t
   constexpr int64_t vectors = 4, lanes = Grid<T>::lanes;
   int64_t d = 0;
   for (; d + vectors * lanes <= width; d += vectors * lanes) {
-    add_near_vectors<T, vectors>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, width - d, out + d, out_stride);
+    add_near_vectors<T, vectors>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, width - d, out + d,
+                                 out_stride);
   }
   for (; d < width; d += lanes) {
     add_near_vectors<T, 1>(pairs, pairs + count, x + d, x_stride, y + d, y_stride, width - d, out + d, out_stride);

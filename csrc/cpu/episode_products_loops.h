@@ -231,7 +231,9 @@ void turn_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, T* tur
 // float64.
 template <typename T>
 void queries_of_part(int64_t queries, int64_t* count, bool* many_parts) {
-  constexpr int64_t whole = 24, few_parts = 4;  // whole: of any number of rows
+  constexpr int64_t whole = 24, few_parts = 4;  // whole tiles, however many rows these have
+  static_assert(whole % ClassPanel<T>::rows_beside(1) == 0 && whole % ClassPanel<T>::rows_beside(3) == 0 &&
+                whole % ClassPanel<T>::rows_beside(4) == 0);
   constexpr int64_t most = ClassPanel<T>::depth / whole * whole, most_of_many = least(most, 48);
   const int64_t parts = (queries + most - 1) / most;
   *many_parts = parts > few_parts;
@@ -277,9 +279,8 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, RowCopies<
   for (int64_t c = 0; c < of.classes; ++c) {
     centre_columns_of<T, vectors>(of.p + c * of.p_stride, of.centre, centred_p + c * columns);
   }
-  int64_t at_once = 0;
-  bool many_parts = false;
-  queries_of_part<T>(of.queries, &at_once, &many_parts);
+  const int64_t at_once = of.part;
+  const bool many_parts = sums != nullptr;
   const int64_t turns = (of.queries + at_once - 1) / at_once * ((of.classes + rows - 1) / rows) * rows;
   const int64_t at_a_turn = (copies->rows + turns - 1) / turns;
   for (int64_t d = 0; many_parts && d < (of.classes + rows) * columns; ++d) sums[d] = 0;
@@ -300,9 +301,9 @@ void gradients_of_vectors(const EpisodeWeights<T>& of, int64_t width, RowCopies<
 
 // Gradients of all queries and prototypes, Σ_c w_c (q − p_c) and Σ_q w_q (p − q), as products Σ_c w_c p_c and
 // Σ_q w_q q, over the columns of one panel, in one pass over the queries. Columns from `width` on are filling, and not
-// written but in grad_p, nor are the class_panel_rows rows that it has room for beyond the classes. Scratch holds
-// ClassPanel::depth and the classes, and class_panel_rows more, of panels; sums, of many parts, those of the classes.
-// Goes on with the copies meanwhile.
+// written to grad_q. grad_p has room for whole vectors of columns, and for class_panel_rows rows beyond the classes, in
+// which anything may be left; so have sums, null where there are few parts of queries. Scratch holds ClassPanel::depth
+// and the classes, and class_panel_rows more, of panels. Finishes the copies meanwhile.
 template <typename T>
 void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, RowCopies<T>* copies, T* grad_q, int64_t stride,
                         T* grad_p, int64_t p_stride, T* scratch, double* sums) {
@@ -310,7 +311,7 @@ void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, RowCopies<T>
                             sums);
 }
 
-// Rows divided by the counts of their classes, if there are any.
+// Rows divided by the counts of their classes, where these are not 0.
 template <typename T>
 void divide_by_counts(T* rows, int64_t stride, int64_t width, const int64_t* counts, int64_t classes) {
   using G = Grid<T>;
@@ -319,8 +320,9 @@ void divide_by_counts(T* rows, int64_t stride, int64_t width, const int64_t* cou
     const T divisor = static_cast<T>(counts[c]);
     int64_t d = 0;
 #if FASTDA_VECTOR_BYTES > 16
-    // With fused multiplications x · (1/n), and what that leaves of x, give the quotient as a division rounds it, in a
-    // fifth of its time; nothing is left where it is infinite.
+    // With fused multiplications (setup.py asks for them) x · (1/n), and what that leaves of x, give the quotient as a
+    // division rounds it, but for the sign of 0 and numbers near the smallest ones; in a fifth of its time. Nothing is
+    // left where it is infinite.
     const T inverse = 1 / divisor;
     for (; d + G::lanes <= width; d += G::lanes) {
       const typename G::Vector x = G::load(rows + d), near = x * inverse, rest = x - near * divisor;

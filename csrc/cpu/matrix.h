@@ -37,7 +37,8 @@ void threads_in_turn(int64_t count, int64_t at_once, const F& run) {
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { run(take); });
 }
 
-// As at::parallel_for, but a thread that is done takes the next `at_once`: cores are seldom equally fast.
+// As at::parallel_for, but a thread that is done takes the next `at_once`: cores are seldom equally fast. What is found
+// may not depend on how the range is cut.
 template <typename F>
 void parallel_in_turn(int64_t count, int64_t at_once, const F& each) {
   threads_in_turn(count, at_once, [&](const auto& take) {

@@ -41,18 +41,18 @@ struct LossGradient {
 };
 
 // What the gradients of an episode are taken from: points and one in their middle, weights w(q, c) at
-// w[q · w_stride + c] and at by_class[c · class_stride + q], and the weights' sums over the classes, and over the queries
-// of each part of them. Weights are read up to class_panel_rows rows further.
+// w[q · w_stride + c] and at by_class[c · class_stride + q], and the weights' sums over the classes, and over the
+// queries of each part, so many, of them. Weights are read up to class_panel_rows rows further.
 template <typename T>
 struct EpisodeWeights {
   const T *q, *p, *w, *by_class, *centre;
   const double *of_queries, *of_classes;
-  int64_t queries, classes, q_stride, p_stride, w_stride, class_stride;
+  int64_t queries, classes, q_stride, p_stride, w_stride, class_stride, part;
   bool product;
 };
 
-// Rows to be copied, a few at a time while something else is computed: row i of `to` is row source[i] of `from`, both
-// as wide as a panel of classes. `done` of them are.
+// Rows to be copied, a few at a time while something else is computed: row i of `to` is row source[i] of `from`. `done`
+// of them are. copy_rows copies as many columns as a whole panel has, copy_rest any number.
 template <typename T>
 struct RowCopies {
   const T* from;

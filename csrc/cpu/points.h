@@ -100,7 +100,7 @@ class Points {
     return finite_ == 1;
   }
 
-  void is_known_to_be_finite() const { finite_ = 1; }
+  void take_as_finite() const { finite_ = 1; }  // for who has found that they are
 
   // The gradient of row i through x/‖x‖, in place.
   void through_directions(int64_t begin, int64_t end, T* grad) const {

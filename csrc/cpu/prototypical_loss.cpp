@@ -5,7 +5,7 @@
 #include "../common.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty.h>  // for prototypes.h
 
 #include <cstring>
 #include <numeric>
@@ -47,26 +47,26 @@ void gradients_in_one_pass(const Points<T>& q, const Points<T>& p, const T* weig
   });
 }
 
-// What is made of the gradients of prototypes: rows that have each that of a class, divided by how many the class has,
-// if there are counts.
+// A result of which each row is the gradient of some class's prototype, classes[row], divided by counts[class] if there
+// are counts: the gradient of the support, say.
 template <typename T>
 struct RowsOfClasses {
   const int64_t *counts, *classes;
   int64_t rows, features;
   T* grad;
 
-  // Divides some columns of the prototypes' gradients, the first of which is at `prototypes`, for rows that are still
-  // to be copied from them.
-  RowCopies<T> divide(T* prototypes, int64_t stride, int64_t num_classes, Range columns) const {
+  // Divides some columns of the prototypes' gradients, the first of which is at `prototypes`; the rows are still to be
+  // copied from them.
+  RowCopies<T> divide_and_copy(T* prototypes, int64_t stride, int64_t num_classes, Range columns) const {
     if (counts) FASTDA_RUN(divide_by_counts(prototypes, stride, columns.size(), counts, num_classes));
     return {prototypes, classes, stride, grad + columns.begin, features, rows, 0, 0};
   }
 };
 
-// The same for many classes, by products: a thread packs only what belongs to its columns, and reads the queries' once
-// for both. Rows are copied from the prototypes' gradients during the products of the next columns. False where
-// differences have to be taken one by one: of many near pairs, or of what is not finite (where queries are not, their
-// weights are not either).
+// As gradients_in_one_pass, of many classes, by products: a thread packs what belongs to its columns alone, and reads a
+// query's for its own gradient and the prototypes' together. Whole panels of rows are copied from the prototypes'
+// gradients during the products of the next panel, which finishes them. False where differences have to be taken one by
+// one: of many near pairs, or of what is not finite (where queries are not, their weights are not either).
 template <typename T>
 bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vector<T>& centre, const T* weights,
                           int64_t stride, const NearPairs<T>& near, Metric metric, T* grad_queries,
@@ -99,13 +99,9 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vec
     int64_t turn = 0;
     for (int64_t begin, end; take(&begin, &end);) {
       for (int64_t d = begin * width; d < std::min(end * width, q.features()); d += width) {
-        const EpisodeWeights<T> of{q.row(0) + d,      p.row(0) + d,
-                                   weights,           by_class.data(),
-                                   centre.data() + d, of_queries.data(),
-                                   of_classes.data(), q.count(),
-                                   p.count(),         q.stride(),
-                                   p.stride(),        stride,
-                                   class_stride,      metric == Metric::cosine};
+        const EpisodeWeights<T> of{q.row(0) + d, p.row(0) + d, weights, by_class.data(), centre.data() + d,
+                                   of_queries.data(), of_classes.data(), q.count(), p.count(),
+                                   q.stride(), p.stride(), stride, class_stride, part, metric == Metric::cosine};
         const Range columns{d, std::min(d + width, q.features())};
         T* prototypes = found.data() + turn++ % 2 * block;
         if (columns.end == q.features()) copies.ahead = width;  // after the last products, rows are only copied
@@ -113,7 +109,7 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vec
                                       scratch.data(), sums.data()));
         near.add(q, {0, q.count()}, p, columns, grad_queries + d, prototypes, width);
         clear_empty(p, columns.size(), prototypes, width);
-        copies = rows.divide(prototypes, width, p.count(), columns);
+        copies = rows.divide_and_copy(prototypes, width, p.count(), columns);
         if (columns.size() < shape.columns) FASTDA_RUN(copy_rest(&copies, columns.size()));
       }
     }
@@ -137,7 +133,7 @@ class Episode {
     const bool ask_near = worth_summing_products(n_.queries, n_.classes, n_.features);
     std::optional<PackedClasses<T>> packed;
     if (products) packed.emplace(to_, n_.metric, centre());
-    if (products && packed->is_finite()) to_.is_known_to_be_finite();
+    if (products && packed->is_finite()) to_.take_as_finite();
     for_lanes<T>(n_.queries, n_.classes, n_.features, [&](Range some, T* scratch) {
       T* distances = weights + some.begin * n_.classes;
       bool* marks = near + some.begin * n_.classes;
@@ -171,25 +167,26 @@ class Episode {
     const Put put = once ? put_queries : Put::store;
     const RowsOfClasses<T> samples{counts, support_labels, n_.support, n_.features, grad_support};
     NearPairs<T> pairs(n_.queries, n_.classes);
-    const bool *const first = near, *const end = near + n_.queries * n_.classes;
-    while (!one_pass && (near = static_cast<const bool*>(std::memchr(near, true, end - near)))) {
-      pairs.keep((near - first) / n_.classes, (near - first) % n_.classes);
-      ++near;
+    const bool* const end = near + n_.queries * n_.classes;
+    for (const bool* mark = near; !one_pass && mark < end; ++mark) {
+      mark = static_cast<const bool*>(std::memchr(mark, true, end - mark));
+      if (!mark) break;
+      pairs.keep((mark - near) / n_.classes, (mark - near) % n_.classes);
     }
     pairs.take(scaled.data(), stride);
     const bool by_columns = both && !one_pass && worth_summing_products(n_.queries, n_.classes, n_.features);
-    const auto found_by_columns = [&](const RowsOfClasses<T>& rows) {
+    const auto take_by_columns = [&](const RowsOfClasses<T>& rows) {
       return by_columns &&
              gradients_by_columns(from_, to_, centre(), scaled.data(), stride, pairs, n_.metric, grad_queries, rows);
     };
-    if (!directions && found_by_columns(samples)) return;
+    if (!directions && take_by_columns(samples)) return;
     const Scratch<T> of_prototypes(grad_support ? n_.classes * n_.features : 0);
-    T* prototypes = of_prototypes.data();
+    T* prototypes = grad_support ? of_prototypes.data() : nullptr;
     std::vector<int64_t> each(directions ? n_.classes : 0);
     std::iota(each.begin(), each.end(), 0);
     if (one_pass) {
       gradients_in_one_pass(from_, to_, scaled.data(), stride, n_.metric, put, grad_queries, prototypes);
-    } else if (!directions || !found_by_columns({nullptr, each.data(), n_.classes, n_.features, prototypes})) {
+    } else if (!directions || !take_by_columns({nullptr, each.data(), n_.classes, n_.features, prototypes})) {
       gradients_from_weights(from_, {0, n_.queries}, to_, scaled.data(), stride, pairs, n_.metric, put, grad_queries,
                              Put::store, prototypes);
     }
@@ -199,7 +196,7 @@ class Episode {
     constexpr int64_t lanes = vector_bytes / sizeof(T);
     at::parallel_for(0, blocks(n_.features, lanes), grain(n_.support * lanes), [&](int64_t begin, int64_t end) {
       const Range columns{begin * lanes, std::min(end * lanes, n_.features)};
-      RowCopies<T> copies = samples.divide(prototypes + columns.begin, n_.features, n_.classes, columns);
+      RowCopies<T> copies = samples.divide_and_copy(prototypes + columns.begin, n_.features, n_.classes, columns);
       FASTDA_RUN(copy_rest(&copies, columns.size()));
     });
   }
@@ -282,20 +279,24 @@ struct EpisodeGradients {
         temperature(empty_gradient(need_temperature, temperature.sizes(), temperature,
                                    accumulate_type(queries.scalar_type()))) {}
 
-  // Those of episode b; of_losses: ∂L/∂loss of its loss, or of each of its queries.
+  bool of_points() const { return need_support || need_queries; }
+
+  // Of episode b; of_losses: ∂L/∂loss of its loss, or of each of its queries.
   template <typename T>
-  void find(const Episodes& n, int64_t b, Episode<T>& episode, const T* of_losses, const Tensor& weights,
-            const Tensor& slopes, const Tensor& near, const Tensor& counts, const int64_t* support_labels) const {
-    const int64_t distances = b * n.queries * n.classes;
-    if (need_temperature) {
-      const T share = static_cast<T>(n.share()), *slope = slopes.const_data_ptr<T>() + b * n.queries;
-      double total = 0;
-      for (int64_t i = 0; i < n.queries; ++i) {
-        total += static_cast<double>((n.reduces ? of_losses[0] * share : of_losses[i]) * slope[i]);
-      }
-      data<T>(temperature)[b] = static_cast<T>(total);
+  void find_of_temperature(const Episodes& n, int64_t b, const T* of_losses, const Tensor& slopes) const {
+    if (!need_temperature) return;
+    const T share = static_cast<T>(n.share()), *slope = slopes.const_data_ptr<T>() + b * n.queries;
+    double total = 0;
+    for (int64_t i = 0; i < n.queries; ++i) {
+      total += static_cast<double>((n.reduces ? of_losses[0] * share : of_losses[i]) * slope[i]);
     }
-    if (!need_support && !need_queries) return;
+    data<T>(temperature)[b] = static_cast<T>(total);
+  }
+
+  template <typename T>
+  void find_of_points(const Episodes& n, int64_t b, Episode<T>& episode, const T* of_losses, const Tensor& weights,
+                      const Tensor& near, const Tensor& counts, const int64_t* support_labels) const {
+    const int64_t distances = b * n.queries * n.classes;
     T* of_queries = need_queries ? data<T>(queries) + b * n.queries * n.features : nullptr;
     episode.find_gradients(of_losses, weights.const_data_ptr<T>() + distances, near.const_data_ptr<bool>() + distances,
                            counts.const_data_ptr<int64_t>() + b * n.classes, support_labels,
@@ -322,8 +323,9 @@ EpisodeLoss::Results prototypical_loss(const Tensor& support, const Tensor& quer
   return result.results();
 }
 
-// The loss of an episode and its gradients in one pass. The losses of a batch are seldom summed: their gradients would
-// have to be scaled, which takes longer than a second pass.
+// The loss of an episode and its gradients in one pass; these are kept, in the accumulation dtype, for a backward pass
+// that may not come. The losses of a batch are seldom summed: their gradients would have to be scaled, which takes longer
+// than a second pass.
 std::optional<WithGradients> prototypical_loss_with_gradients(const c10::IValue* arguments,
                                                               const std::vector<bool>& needs) {
   const Tensor &support = arguments[0].toTensor(), &queries = arguments[1].toTensor(),
@@ -341,8 +343,10 @@ std::optional<WithGradients> prototypical_loss_with_gradients(const c10::IValue*
     const T one = 1;
     find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result,
                    [&](int64_t b, Episode<T>& episode) {
-                     gradients.find(n, b, episode, &one, result.weights, result.slopes, result.near, result.counts,
-                                    labels.const_data_ptr<int64_t>() + b * n.support);
+                     gradients.find_of_temperature(n, b, &one, result.slopes);
+                     if (!gradients.of_points()) return;
+                     gradients.find_of_points(n, b, episode, &one, result.weights, result.near, result.counts,
+                                              labels.const_data_ptr<int64_t>() + b * n.support);
                    });
   });
   return WithGradients{{result.loss, result.prototypes, result.counts, result.weights, result.slopes, result.near},
@@ -375,9 +379,11 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
     for_batch(n.batch, [&](int64_t b) {
       const int64_t* labels = label.const_data_ptr<int64_t>() + b * n.support;
       for (int64_t s = 0; s < n.support; ++s) check_label("support_labels", labels[s], n.classes);
+      const T* of_losses = grad.const_data_ptr<T>() + b * (n.reduces ? 1 : n.queries);
+      gradients.find_of_temperature(n, b, of_losses, slope);
+      if (!gradients.of_points()) return;
       Episode<T> episode(n, q, p, b);
-      gradients.find(n, b, episode, grad.const_data_ptr<T>() + b * (n.reduces ? 1 : n.queries), w, slope, marks, count,
-                     labels);
+      gradients.find_of_points(n, b, episode, of_losses, w, marks, count, labels);
     });
   });
   return {gradient_like(gradients.support, support, need_support),
