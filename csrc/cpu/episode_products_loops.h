@@ -69,7 +69,9 @@ void copy_rest(RowCopies<T>* copies, int64_t width) {
   for (; copies->done < copies->rows; ++copies->done) {
     const T* from = copies->from + copies->source[copies->done] * copies->from_stride;
     T* to = copies->to + copies->done * copies->to_stride;
-    for (int64_t d = 0; d < width; d += G::lanes) G::put(G::load(from + d), false, to + d, width - d);
+    int64_t d = 0;
+    for (; d + G::lanes <= width; d += G::lanes) G::store(to + d, G::load(from + d));
+    for (; d < width; ++d) to[d] = from[d];
   }
 }
 
