@@ -36,11 +36,6 @@ class PackedClasses {
     });
   }
 
-  // Whether the squares of all classes are; then the classes are too.
-  bool is_finite() const {
-    return std::all_of(norms_, norms_ + p_.count(), [](T norm) { return std::isfinite(norm); });
-  }
-
   // out[(q − queries.begin) · stride + c]: the distance from query q to class c. Whether there are near pairs, whose
   // distances are negated then, where that is asked for.
   bool find_distances(const Points<T>& q, Range queries, T* out, int64_t stride, bool ask_near) const {

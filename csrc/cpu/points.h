@@ -100,8 +100,6 @@ class Points {
     return finite_ == 1;
   }
 
-  void take_as_finite() const { finite_ = 1; }  // for who has found that they are
-
   // The gradient of row i through x/‖x‖, in place.
   void through_directions(int64_t begin, int64_t end, T* grad) const {
     for (int64_t i = begin; i < end && metric_ == Metric::cosine; ++i) {

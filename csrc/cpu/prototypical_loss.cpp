@@ -1,6 +1,6 @@
 // The prototypical loss of a batch of episodes: means, distances, softmax and loss in one pass over the queries, and
-// the gradients, of queries and prototypes together, and of the support from those of the prototypes. These are found
-// with the loss, while an episode is near, or later from the weights that the loss leaves behind.
+// the gradients, of queries and prototypes together, and of the support from those of the prototypes. These are taken
+// from the weights that the loss leaves behind: found with the loss, they would have to be scaled by what comes in.
 #include "../autograd.h"
 #include "../common.h"
 
@@ -133,7 +133,6 @@ class Episode {
     const bool ask_near = worth_summing_products(n_.queries, n_.classes, n_.features);
     std::optional<PackedClasses<T>> packed;
     if (products) packed.emplace(to_, n_.metric, centre());
-    if (products && packed->is_finite()) to_.take_as_finite();
     for_lanes<T>(n_.queries, n_.classes, n_.features, [&](Range some, T* scratch) {
       T* distances = weights + some.begin * n_.classes;
       bool* marks = near + some.begin * n_.classes;
@@ -238,11 +237,10 @@ struct EpisodeLoss {
   const Tensor loss, prototypes, counts, weights, slopes, near;
 };
 
-// Finds the loss of each episode, then calls then(b, episode) while it is near.
-template <typename T, typename Then>
+// Finds the loss of each episode.
+template <typename T>
 void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                 const Tensor& support_labels, const Tensor& query_labels, const EpisodeLoss& result,
-                 const Then& then) {
+                 const Tensor& support_labels, const Tensor& query_labels, const EpisodeLoss& result) {
   const Tensor x = rows_of(support, n.batch), q = matrices(queries, n.batch), p = matrices(result.prototypes, n.batch);
   const Tensor t = as_type(temperature, result.weights.scalar_type()).contiguous();
   const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
@@ -263,7 +261,6 @@ void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries
       for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(losses[i]);
       data<T>(result.loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
     }
-    then(b, episode);
   });
 }
 
@@ -317,40 +314,9 @@ EpisodeLoss::Results prototypical_loss(const Tensor& support, const Tensor& quer
   const EpisodeLoss result(queries, n);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
-    find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result,
-                   [](int64_t, const Episode<T>&) {});
+    find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result);
   });
   return result.results();
-}
-
-// The loss of an episode and its gradients in one pass; these are kept, in the accumulation dtype, for a backward pass
-// that may not come. The losses of a batch are seldom summed: their gradients would have to be scaled, which takes longer
-// than a second pass.
-std::optional<WithGradients> prototypical_loss_with_gradients(const c10::IValue* arguments,
-                                                              const std::vector<bool>& needs) {
-  const Tensor &support = arguments[0].toTensor(), &queries = arguments[1].toTensor(),
-               &temperature = arguments[2].toTensor(), &support_labels = arguments[3].toTensor(),
-               &query_labels = arguments[4].toTensor();
-  const KernelGuard guard;
-  const Episodes n = episodes_of(support, queries, temperature, support_labels, query_labels, arguments[5].toInt(),
-                                 arguments[6].toStringView(), arguments[7].toStringView());
-  if (!n.reduces || n.batch != 1) return std::nullopt;
-  const EpisodeLoss result(queries, n);
-  const EpisodeGradients gradients(support, queries, temperature, needs[0], needs[1], needs[2]);
-  const Tensor labels = support_labels.contiguous();
-  accumulate_as(queries, [&](auto zero) {
-    using T = decltype(zero);
-    const T one = 1;
-    find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result,
-                   [&](int64_t b, Episode<T>& episode) {
-                     gradients.find_of_temperature(n, b, &one, result.slopes);
-                     if (!gradients.of_points()) return;
-                     gradients.find_of_points(n, b, episode, &one, result.weights, result.near, result.counts,
-                                              labels.const_data_ptr<int64_t>() + b * n.support);
-                   });
-  });
-  return WithGradients{{result.loss, result.prototypes, result.counts, result.weights, result.slopes, result.near},
-                       {gradients.support, gradients.queries, gradients.temperature}};
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
@@ -398,6 +364,6 @@ TORCH_LIBRARY_IMPL(fastda, CPU, m) {
   m.impl("prototypical_loss_backward", &prototypical_loss_backward);
 }
 
-TORCH_LIBRARY_IMPL(fastda, Autograd, m) { differentiable(m, "prototypical_loss", &prototypical_loss_with_gradients); }
+TORCH_LIBRARY_IMPL(fastda, Autograd, m) { differentiable(m, "prototypical_loss"); }
 
 }  // namespace fastda

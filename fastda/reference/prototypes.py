@@ -450,9 +450,7 @@ def prototypical_loss(
         IndexError: a label out of range, on the CPU. On a GPU: a query label makes that query's loss NaN, a
             support label all losses of its episode.
 
-    Differentiable any number of times with respect to support, queries and temperature. On the CPU the fused op finds
-    the gradients of a single episode together with its loss, and holds them until the backward pass: under
-    `torch.no_grad()`, where none is to come, it does not.
+    Differentiable any number of times with respect to support, queries and temperature.
 
     Source: Snell, Swersky & Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017.
 
