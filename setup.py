@@ -19,7 +19,7 @@ WITHOUT_COMPILING = {"egg_info", "dist_info", "sdist"}
 # Apple's clang has no OpenMP: the kernels use one thread there, and `fastda doctor` says so.
 OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
 # Nobody asks the kernels for errno or for floating-point exceptions; NaN and Inf stay what they are.
-VECTORISED = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+VECTORISED = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 OPTIONS = ["/O2"] if sys.platform == "win32" else [*VECTORISED, "-g0", "-Wall", "-fvisibility=hidden"]
 LINKED = [] if sys.platform == "win32" else OPENMP
 if os.environ.get("FASTDA_SANITIZE") == "1":  # tests/sanitize.sh; vptr would need the type information of PyTorch

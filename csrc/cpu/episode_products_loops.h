@@ -316,22 +316,8 @@ void gradients_of_panel(const EpisodeWeights<T>& of, int64_t width, RowCopies<T>
 // Rows divided by the counts of their classes, where these are not 0.
 template <typename T>
 void divide_by_counts(T* rows, int64_t stride, int64_t width, const int64_t* counts, int64_t classes) {
-  using G = Grid<T>;
   for (int64_t c = 0; c < classes; ++c, rows += stride) {
-    if (counts[c] <= 1) continue;
-    const T divisor = static_cast<T>(counts[c]);
-    int64_t d = 0;
-#if FASTDA_VECTOR_BYTES > 16
-    // With fused multiplications (setup.py asks for them) x · (1/n), and what that leaves of x, give the quotient as a
-    // division rounds it, but for the sign of 0 and numbers near the smallest ones; in a fifth of its time. Nothing is
-    // left where it is infinite.
-    const T inverse = 1 / divisor;
-    for (; d + G::lanes <= width; d += G::lanes) {
-      const typename G::Vector x = G::load(rows + d), near = x * inverse, rest = x - near * divisor;
-      G::store(rows + d, rest == rest ? rest * inverse + near : near);
-    }
-#endif
-    for (; d < width; ++d) rows[d] /= divisor;
+    if (counts[c] > 1) divide(rows, static_cast<T>(counts[c]), width, rows);
   }
 }
 
