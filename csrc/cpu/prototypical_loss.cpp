@@ -68,9 +68,8 @@ struct RowsOfClasses {
 // gradients during the products of the next panel, which finishes them. False where differences have to be taken one by
 // one: of many near pairs, or of what is not finite (where queries are not, their weights are not either).
 template <typename T>
-bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vector<T>& centre, const T* weights,
-                          int64_t stride, const NearPairs<T>& near, Metric metric, T* grad_queries,
-                          const RowsOfClasses<T>& rows) {
+bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const T* weights, int64_t stride,
+                          const NearPairs<T>& near, Metric metric, T* grad_queries, const RowsOfClasses<T>& rows) {
   if (near.too_many() || !p.is_finite()) return false;
   int64_t part = 0;
   bool many_parts = false;
@@ -86,6 +85,7 @@ bool gradients_by_columns(const Points<T>& q, const Points<T>& p, const std::vec
   }
   const auto is_finite = [](double total) { return std::isfinite(total); };
   if (!std::all_of(of_queries.begin(), of_queries.end(), is_finite)) return false;
+  const auto centre = centre_for(q, {0, q.count()}, metric);
   const PanelShape shape = class_panel_shape_of(T());
   const int64_t threads = at::get_num_threads();
   const int64_t width = std::min(shape.columns, blocks(q.features(), threads * lanes) * lanes);
@@ -132,7 +132,8 @@ class Episode {
     const bool products = worth_products(n_.queries, n_.classes, n_.features);
     const bool ask_near = worth_summing_products(n_.queries, n_.classes, n_.features);
     std::optional<PackedClasses<T>> packed;
-    if (products) packed.emplace(to_, n_.metric, centre());
+    const auto centre = products ? centre_for(from_, {0, n_.queries}, n_.metric) : std::vector<T>();
+    if (products) packed.emplace(to_, n_.metric, centre);
     for_lanes<T>(n_.queries, n_.classes, n_.features, [&](Range some, T* scratch) {
       T* distances = weights + some.begin * n_.classes;
       bool* marks = near + some.begin * n_.classes;
@@ -176,7 +177,7 @@ class Episode {
     const bool by_columns = both && !one_pass && worth_summing_products(n_.queries, n_.classes, n_.features);
     const auto take_by_columns = [&](const RowsOfClasses<T>& rows) {
       return by_columns &&
-             gradients_by_columns(from_, to_, centre(), scaled.data(), stride, pairs, n_.metric, grad_queries, rows);
+             gradients_by_columns(from_, to_, scaled.data(), stride, pairs, n_.metric, grad_queries, rows);
     };
     if (!directions && take_by_columns(samples)) return;
     const Scratch<T> of_prototypes(grad_support ? n_.classes * n_.features : 0);
@@ -201,14 +202,8 @@ class Episode {
   }
 
  private:
-  const std::vector<T>& centre() {
-    if (centre_.empty()) centre_ = centre_for(from_, {0, n_.queries}, n_.metric);
-    return centre_;
-  }
-
   const Episodes& n_;
   const Points<T> from_, to_;
-  std::vector<T> centre_;  // once it is asked for
 };
 
 // What the op returns: the loss, and what its gradients are taken from.
