@@ -1,25 +1,96 @@
 #include "prototypes.h"
 
+#include "autograd.h"
 #include "common.h"
 #include "eager.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/scalar_tensor.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <cmath>
-#include <tuple>
+#include <mutex>
 
 namespace fastda {
 namespace {
 
 using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
 
-// Samples in rows and a label for each, on the CPU.
+// Samples in rows and a label for each, on the CPU. (Inference tensors cannot be saved.)
 bool is_plain_set(const Tensor& samples, const Tensor& labels) {
-  return samples.dim() == 2 && samples.is_cpu() && is_plain(samples) && labels.is_cpu() &&
+  return samples.dim() == 2 && samples.is_cpu() && is_plain(samples) && !samples.is_inference() && labels.is_cpu() &&
          labels.scalar_type() == at::kLong && labels.layout() == at::kStrided && labels.dim() == 1 &&
-         labels.size(0) == samples.size(0) && !labels.key_set().has(c10::DispatchKey::Python);
+         labels.size(0) == samples.size(0) && !labels.key_set().has(c10::DispatchKey::Python) &&
+         !labels.is_inference();
 }
+
+struct Options {
+  int64_t num_classes;
+  std::string metric, reduction;
+};
+
+// A call of a small episode is mostly overhead, and one of a large episode finds PyTorch's code out of the caches: a
+// node of its own takes the place of the dispatcher's passes. Where its gradient is to be recorded or transformed, the
+// op takes over.
+struct EpisodeNode : torch::autograd::Node {
+  EpisodeNode(const Tensor& support, const Tensor& support_labels, const Tensor& queries, const Tensor& query_labels,
+              Tensor temperature, EpisodeLoss found, Options options)
+      : support(support, /*is_output=*/false),
+        support_labels(support_labels, /*is_output=*/false),
+        queries(queries, /*is_output=*/false),
+        query_labels(query_labels, /*is_output=*/false),
+        temperature(std::move(temperature)),
+        found(std::move(found)),
+        options(std::move(options)) {}
+
+  variable_list apply(variable_list&& incoming) override {
+    const Tensor& grad = incoming[0];
+    if (!grad.defined()) return variable_list(2);
+    Tensor s, s_labels, q, q_labels;
+    EpisodeLoss of;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      s = support.unpack(), s_labels = support_labels.unpack();
+      q = queries.unpack(), q_labels = query_labels.unpack();
+      of = found;
+    }
+    const bool need_support = task_should_compute_output(0), need_queries = task_should_compute_output(1);
+    std::tuple<Tensor, Tensor, Tensor> gradients;
+    if (at::GradMode::is_enabled() || !is_plain_eager() || !is_plain(grad)) {
+      static const auto op =
+          c10::Dispatcher::singleton()
+              .findSchemaOrThrow("fastda::prototypical_loss_backward", "")
+              .typed<std::tuple<Tensor, Tensor, Tensor>(
+                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt,
+                  c10::string_view, c10::string_view, bool, bool, bool)>();
+      gradients = op.call(grad, s, q, temperature, s_labels, q_labels, of.prototypes, of.counts, of.weights, of.slopes,
+                          of.near, options.num_classes, options.metric, options.reduction, need_support, need_queries,
+                          /*need_temperature=*/false);
+    } else {
+      gradients = prototypical_loss_gradients_on_cpu(grad, s, q, temperature, s_labels, q_labels, of,
+                                                     options.num_classes, options.metric, options.reduction,
+                                                     need_support, need_queries, /*need_temperature=*/false);
+    }
+    return {need_support ? std::move(std::get<0>(gradients)) : Tensor(),
+            need_queries ? std::move(std::get<1>(gradients)) : Tensor()};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&support, &support_labels, &queries, &query_labels}) saved->reset_data();
+    found = {};
+  }
+  std::string name() const override { return "fastda::prototypical_lossBackward"; }
+
+  SavedVariable support, support_labels, queries, query_labels;
+  const Tensor temperature;
+  EpisodeLoss found;
+  const Options options;
+};
 
 }  // namespace
 
@@ -27,22 +98,26 @@ std::optional<Tensor> prototypical_loss(const Tensor& support, const Tensor& sup
                                         const Tensor& query_labels, int64_t num_classes, const std::string& metric,
                                         double temperature, const std::string& reduction) {
   if (!is_plain_eager() || !is_plain_set(support, support_labels) || !is_plain_set(queries, query_labels) ||
-      support.size(1) != queries.size(1) || support.scalar_type() != queries.scalar_type() ||
-      !(temperature > 0) || !std::isfinite(temperature)) {
+      support.size(1) != queries.size(1) || support.scalar_type() != queries.scalar_type() || !(temperature > 0) ||
+      !std::isfinite(temperature)) {
     return std::nullopt;
   }
-  using Episode = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastda::prototypical_loss", "")
-                             .typed<Episode(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                            c10::SymInt, c10::string_view, c10::string_view)>();
-  const Tensor t = at::scalar_tensor(temperature, at::TensorOptions(accumulate_type(queries.scalar_type())));
+  RECORD_FUNCTION("fastda::prototypical_loss", std::vector<c10::IValue>());
+  const Tensor t = at::detail::scalar_tensor_static(temperature, accumulate_type(queries.scalar_type()), at::kCPU);
+  EpisodeLoss found;
   try {
-    return std::get<0>(
-        op.call(support, queries, t, support_labels, query_labels, num_classes, metric, reduction));
+    found = prototypical_loss_on_cpu(support, queries, t, support_labels, query_labels, num_classes, metric, reduction);
   } catch (const c10::Error&) {  // a label that is none of the classes, say: Python has the exceptions for it
     return std::nullopt;
   }
+  Tensor loss = std::move(found.loss);
+  if (at::GradMode::is_enabled() && (support.requires_grad() || queries.requires_grad())) {
+    auto node = make_node<EpisodeNode>(support, support_labels, queries, query_labels, t, std::move(found),
+                                       Options{num_classes, metric, reduction});
+    node->set_next_edges(torch::autograd::collect_next_edges(support, queries));
+    torch::autograd::set_history(loss, node);
+  }
+  return loss;
 }
 
 }  // namespace fastda

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> class_means(const Tensor& support, const Tensor& labe
   const auto options = support.options().dtype(accumulate_type(support.scalar_type()));
   const Tensor means = at::empty(batched(support, 2, {num_classes, features}), options);
   const Tensor counts = at::empty(batched(support, 2, {num_classes}), labels.options());
-  const Tensor x = rows_of(support, batch), label = labels.contiguous();
+  const Tensor x = rows_of(support), label = labels.contiguous();
   accumulate_as(support, [&](auto zero) {
     using T = decltype(zero);
     const T absent = empty == "zero" ? T(0) : std::numeric_limits<T>::quiet_NaN();

@@ -42,10 +42,8 @@ void find_means(const Members& members, const T* x, int64_t samples, int64_t cla
   });
 }
 
-// (batch, rows, features) in the accumulation dtype, dense.
-inline Tensor rows_of(const Tensor& x, int64_t batch) {
-  return matrices(x, accumulate_type(x.scalar_type()), batch).contiguous();
-}
+// In the accumulation dtype, dense.
+inline Tensor rows_of(const Tensor& x) { return as_type(x, accumulate_type(x.scalar_type())).contiguous(); }
 
 }  // namespace
 }  // namespace fastda

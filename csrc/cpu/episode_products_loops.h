@@ -52,12 +52,14 @@ template <typename T>
 FASTDA_INLINE void copy_rows(RowCopies<T>* copies, int64_t rows) {
   using G = Grid<T>;
   constexpr int vectors = ClassPanel<T>::vectors;
+  constexpr int64_t soon = 4;  // rows from here
   const int64_t end = least(copies->done + rows, copies->rows);
   for (; copies->done < end; ++copies->done) {
     const T* from = copies->from + copies->source[copies->done] * copies->from_stride;
     T* to = copies->to + copies->done * copies->to_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) G::store(to + v * G::lanes, G::load(from + v * G::lanes));
+    fetch<T, 1>(to + soon * copies->to_stride, vectors * G::lanes);
     if (copies->ahead) fetch<T, 1>(to + copies->ahead, vectors * G::lanes);
   }
 }
@@ -75,45 +77,58 @@ void copy_rest(RowCopies<T>* copies, int64_t width) {
   }
 }
 
-// A few rows less the centre, ClassPanel::depth apart; adds their squares to `squares`, one sum for each lane, where
-// they are not null.
+// Some columns of a row less the centre; adds their squares to `squares`, one sum for each lane, where they are not
+// null.
 template <typename T>
-FASTDA_INLINE void centre_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, const T* centre, T* centred,
-                               double* squares) {
+FASTDA_INLINE void centre_row(const T* x, int64_t depth, const T* centre, T* centred, double* squares) {
   using G = Grid<T>;
-  for (int64_t r = 0; r < rows; ++r, x += stride, centred += ClassPanel<T>::depth) {
-    typename G::Vector sum = {};
-    for (int64_t k = 0; k < depth; k += G::lanes) {
-      const typename G::Vector value = G::load(x + k) - G::load(centre + k);
-      G::store(centred + k, value);
-      sum += value * value;
-    }
-    if (squares) G::add_in_float64(sum, squares + r * G::lanes);
+  typename G::Vector sum = {};
+  for (int64_t k = 0; k < depth; k += G::lanes) {
+    const typename G::Vector value = G::load(x + k) - G::load(centre + k);
+    G::store(centred + k, value);
+    sum += value * value;
   }
+  if (squares) G::add_in_float64(sum, squares);
 }
+
+// Where a few rows of a few columns begin.
+struct Start {
+  int64_t row, column;
+};
 
 template <typename T, int vectors>
 void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t depth, const T* centre, const T* panel,
                          double* squares, T* out, int64_t out_stride) {
   using P = ClassPanel<T>;
   constexpr int rows = P::rows_beside(vectors);
-  alignas(64) T centred[rows * P::depth] = {};
+  alignas(64) T centred[2][rows * P::depth] = {};  // of these rows, and of the next ones
+  int these = 0;
   typename Grid<T>::Vector sum[rows][vectors];
-  for (int64_t k = 0; k < depth; k += P::depth) {
-    const int64_t some_depth = least(P::depth, depth - k);
-    for (int64_t i = 0; i < count; i += rows) {
-      const int64_t some = least(rows, count - i);
-      const T* from = x + i * stride + k;
-      centre_rows(from, stride, some, some_depth, centre + k, centred,
-                  squares ? squares + i * Grid<T>::lanes : nullptr);
-      clear<T, vectors, rows>(sum);
-      const auto fetch_next = [&](int64_t r) FASTDA_INLINE_LAMBDA {
-        fetch(from + (rows + r) * stride, some_depth + 1);  // the next columns' first line too
-      };
-      add_products_and<T, vectors, rows>(fetch_next, centred, 1, P::depth, panel + k * vectors * P::lanes, some_depth,
-                                         sum);
-      put_rows<T, vectors, rows>(sum, some, vectors * P::lanes, k > 0, out + i * out_stride, out_stride);
-    }
+  const auto after = [&](Start at) {
+    return at.row + rows < count ? Start{at.row + rows, at.column} : Start{0, at.column + P::depth};
+  };
+  const auto centre_one = [&](Start at, int64_t r, T* to) FASTDA_INLINE_LAMBDA {
+    const int64_t row = at.row + r;
+    if (row >= count || at.column >= depth) return;
+    centre_row(x + row * stride + at.column, least(P::depth, depth - at.column), centre + at.column, to + r * P::depth,
+               squares ? squares + row * Grid<T>::lanes : nullptr);
+  };
+  Start at{0, 0};
+  for (int64_t r = 0; r < rows; ++r) centre_one(at, r, centred[these]);
+  while (at.column < depth) {
+    const Start next = after(at), fetched = after(next);
+    const int64_t some_depth = least(P::depth, depth - at.column);
+    const auto prepare = [&](int64_t r) FASTDA_INLINE_LAMBDA {
+      centre_one(next, r, centred[1 - these]);
+      fetch(x + (fetched.row + r) * stride + fetched.column, P::depth + 1);  // rows that begin within a line, too
+    };
+    clear<T, vectors, rows>(sum);
+    add_products_and<T, vectors, rows>(prepare, centred[these], 1, P::depth, panel + at.column * vectors * P::lanes,
+                                       some_depth, sum);
+    put_rows<T, vectors, rows>(sum, least(rows, count - at.row), vectors * P::lanes, at.column > 0,
+                               out + at.row * out_stride, out_stride);
+    at = next;
+    these = 1 - these;
   }
 }
 

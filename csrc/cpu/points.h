@@ -48,8 +48,11 @@ void visit_rows(const Tensor& x, const F& visit) {
   }
 }
 
-// (batch, rows, columns), the columns dense.
-inline Tensor matrices(const Tensor& x, int64_t batch) { return matrices(x, x.scalar_type(), batch); }
+// (batch, rows, columns), or a single matrix as it is: of a small one, a view takes longer than its distances. The
+// columns are dense.
+inline Tensor matrices(const Tensor& x, int64_t batch) {
+  return x.dim() == 2 && x.stride(1) == 1 ? x : matrices(x, x.scalar_type(), batch);
+}
 
 // A range of rows.
 struct Range {
@@ -63,7 +66,9 @@ struct Range {
 template <typename T>
 class Points {
  public:
-  static Points queries(const Tensor& x, int64_t b, Metric metric) { return Points(x, b, 0, x.size(1), metric, false); }
+  static Points queries(const Tensor& x, int64_t b, Metric metric) {
+    return Points(x, b, 0, x.size(-2), metric, false);
+  }
   static Points prototypes(const Tensor& x, int64_t b, int64_t begin, int64_t end, Metric metric) {
     return Points(x, b, begin, end, metric, true);
   }
@@ -74,7 +79,7 @@ class Points {
   // Whether rows of x serve as they are, without a copy, if none is empty.
   static bool serves(const Tensor& x, Metric metric) {
     return x.scalar_type() == c10::CppTypeToScalarType<T>::value && metric != Metric::cosine &&
-           x.size(2) % (vector_bytes / static_cast<int64_t>(sizeof(T))) == 0;
+           x.size(-1) % (vector_bytes / static_cast<int64_t>(sizeof(T))) == 0;
   }
 
   const T* row(int64_t i) const { return data_ + i * stride_; }
@@ -109,11 +114,11 @@ class Points {
 
  private:
   Points(const Tensor& x, int64_t b, int64_t begin, int64_t end, Metric metric, bool may_be_empty)
-      : metric_(metric), count_(end - begin), features_(x.size(2)), stride_(x.stride(1)) {
+      : metric_(metric), count_(end - begin), features_(x.size(-1)), stride_(x.stride(-2)) {
     constexpr int64_t width = vector_bytes / sizeof(T);
     depth_ = blocks(features_, width) * width;
-    visit_rows(
-        x, [&](const auto* rows) { fill(rows + b * x.stride(0) + begin * x.stride(1), x.stride(1), may_be_empty); });
+    const int64_t start = (x.dim() == 3 ? b * x.stride(0) : 0) + begin * stride_;
+    visit_rows(x, [&](const auto* rows) { fill(rows + start, x.stride(-2), may_be_empty); });
   }
 
   template <typename From>

@@ -3,6 +3,7 @@
 // from the weights that the loss leaves behind: found with the loss, they would have to be scaled by what comes in.
 #include "../autograd.h"
 #include "../common.h"
+#include "../prototypes.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>  // for prototypes.h
@@ -206,38 +207,20 @@ class Episode {
   const Points<T> from_, to_;
 };
 
-// What the op returns: the loss, and what its gradients are taken from.
-struct EpisodeLoss {
-  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-  EpisodeLoss(const Tensor& queries, const Episodes& n)
-      : losses(result(queries, {n.queries})),
-        loss(n.reduces ? result(queries, {}) : losses),
-        prototypes(result(queries, {n.classes, n.features})),
-        counts(result(queries, {n.classes}, at::kLong)),
-        weights(result(queries, {n.queries, n.classes})),
-        slopes(result(queries, {n.queries})),
-        near(result(queries, {n.queries, n.classes}, at::kBool)) {}
-
-  // Of an episode's shape, for the whole batch; past the dispatcher, which takes longer than a small episode.
-  static Tensor result(const Tensor& queries, std::initializer_list<int64_t> shape,
-                       std::optional<at::ScalarType> dtype = std::nullopt) {
-    return Tensor(
-        at::detail::empty_cpu(batched(queries, 2, shape), dtype ? *dtype : accumulate_type(queries.scalar_type())));
-  }
-
-  Results results() const { return {loss, prototypes, counts, weights, slopes, near}; }
-
-  const Tensor losses;  // of each query
-  const Tensor loss, prototypes, counts, weights, slopes, near;
-};
+// Of an episode's shape, for the whole batch; past the dispatcher, which takes longer than a small episode.
+Tensor result(const Tensor& queries, std::initializer_list<int64_t> shape,
+              std::optional<at::ScalarType> dtype = std::nullopt) {
+  return Tensor(
+      at::detail::empty_cpu(batched(queries, 2, shape), dtype ? *dtype : accumulate_type(queries.scalar_type())));
+}
 
 // Finds the loss of each episode.
 template <typename T>
 void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                 const Tensor& support_labels, const Tensor& query_labels, const EpisodeLoss& result) {
-  const Tensor x = rows_of(support, n.batch), q = matrices(queries, n.batch), p = matrices(result.prototypes, n.batch);
-  const Tensor t = as_type(temperature, result.weights.scalar_type()).contiguous();
+                 const Tensor& support_labels, const Tensor& query_labels, const Tensor& losses,
+                 const EpisodeLoss& found) {
+  const Tensor x = rows_of(support), q = matrices(queries, n.batch), p = matrices(found.prototypes, n.batch);
+  const Tensor t = as_type(temperature, losses.scalar_type()).contiguous();
   const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
   for_batch(n.batch, [&](int64_t b) {
     const int64_t* labels = query_label.const_data_ptr<int64_t>() + b * n.queries;
@@ -245,16 +228,16 @@ void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries
                           n.classes);
     for (int64_t i = 0; i < n.queries; ++i) check_label("query_labels", labels[i], n.classes);
     find_means(members, x.const_data_ptr<T>() + b * n.support * n.features, n.support, n.classes, n.features,
-               std::numeric_limits<T>::quiet_NaN(), data<T>(result.prototypes) + b * n.classes * n.features,
-               data<int64_t>(result.counts) + b * n.classes);
+               std::numeric_limits<T>::quiet_NaN(), data<T>(found.prototypes) + b * n.classes * n.features,
+               data<int64_t>(found.counts) + b * n.classes);
     Episode<T> episode(n, q, p, b);
-    T* losses = data<T>(result.losses) + b * n.queries;
-    episode.find_losses(t.const_data_ptr<T>()[b], labels, losses, data<T>(result.weights) + b * n.queries * n.classes,
-                        data<T>(result.slopes) + b * n.queries, data<bool>(result.near) + b * n.queries * n.classes);
+    T* of_queries = data<T>(losses) + b * n.queries;
+    episode.find_losses(t.const_data_ptr<T>()[b], labels, of_queries, data<T>(found.weights) + b * n.queries * n.classes,
+                        data<T>(found.slopes) + b * n.queries, data<bool>(found.near) + b * n.queries * n.classes);
     if (n.reduces) {
       double sum = 0;
-      for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(losses[i]);
-      data<T>(result.loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
+      for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(of_queries[i]);
+      data<T>(found.loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
     }
   });
 }
@@ -266,10 +249,14 @@ struct EpisodeGradients {
       : need_support(need_support),
         need_queries(need_queries),
         need_temperature(need_temperature),
-        support(empty_gradient(need_support, support.sizes(), support, accumulate_type(support.scalar_type()))),
-        queries(empty_gradient(need_queries, queries.sizes(), queries, accumulate_type(queries.scalar_type()))),
-        temperature(empty_gradient(need_temperature, temperature.sizes(), temperature,
-                                   accumulate_type(queries.scalar_type()))) {}
+        support(gradient(need_support, support, queries)),
+        queries(gradient(need_queries, queries, queries)),
+        temperature(gradient(need_temperature, temperature, queries)) {}
+
+  static Tensor gradient(bool needed, const Tensor& of, const Tensor& queries) {
+    if (!needed) return Tensor();
+    return Tensor(at::detail::empty_cpu(of.sizes(), accumulate_type(queries.scalar_type())));
+  }
 
   bool of_points() const { return need_support || need_queries; }
 
@@ -300,41 +287,44 @@ struct EpisodeGradients {
   const Tensor support, queries, temperature;
 };
 
-EpisodeLoss::Results prototypical_loss(const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                                       const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
-                                       c10::string_view metric, c10::string_view reduction) {
+}  // namespace
+
+EpisodeLoss prototypical_loss_on_cpu(const Tensor& support, const Tensor& queries, const Tensor& temperature,
+                                     const Tensor& support_labels, const Tensor& query_labels, int64_t num_classes,
+                                     c10::string_view metric, c10::string_view reduction) {
   const KernelGuard guard;
   const Episodes n =
       episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
-  const EpisodeLoss result(queries, n);
+  const Tensor losses = result(queries, {n.queries});
+  const EpisodeLoss found{n.reduces ? result(queries, {}) : losses, result(queries, {n.classes, n.features}),
+                          result(queries, {n.classes}, at::kLong),  result(queries, {n.queries, n.classes}),
+                          result(queries, {n.queries}),             result(queries, {n.queries, n.classes}, at::kBool)};
   accumulate_as(queries, [&](auto zero) {
-    using T = decltype(zero);
-    find_losses<T>(n, support, queries, temperature, support_labels, query_labels, result);
+    find_losses<decltype(zero)>(n, support, queries, temperature, support_labels, query_labels, losses, found);
   });
-  return result.results();
+  return found;
 }
 
-std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
+std::tuple<Tensor, Tensor, Tensor> prototypical_loss_gradients_on_cpu(
     const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts,
-    const Tensor& weights, const Tensor& slopes, const Tensor& near, int64_t num_classes, c10::string_view metric,
-    c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
+    const Tensor& support_labels, const Tensor& query_labels, const EpisodeLoss& found, int64_t num_classes,
+    c10::string_view metric, c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
   const KernelGuard guard;
   const Episodes n =
       episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
   const int64_t distances = n.queries * n.classes;
   check_count("grad_loss", grad_loss, n.batch * (n.reduces ? 1 : n.queries));
-  check_count("prototypes", prototypes, n.batch * n.classes * n.features);
-  check_count("counts", counts, n.batch * n.classes);
-  check_count("weights", weights, n.batch * distances);
-  check_count("slopes", slopes, n.batch * n.queries);
-  check_count("near", near, n.batch * distances);
+  check_count("prototypes", found.prototypes, n.batch * n.classes * n.features);
+  check_count("counts", found.counts, n.batch * n.classes);
+  check_count("weights", found.weights, n.batch * distances);
+  check_count("slopes", found.slopes, n.batch * n.queries);
+  check_count("near", found.near, n.batch * distances);
   const EpisodeGradients gradients(support, queries, temperature, need_support, need_queries, need_temperature);
   const auto dtype = accumulate_type(queries.scalar_type());
   const Tensor grad = as_type(grad_loss, dtype).contiguous(), q = matrices(queries, n.batch),
-               p = matrices(prototypes, n.batch);
-  const Tensor w = as_type(weights, dtype).contiguous(), slope = as_type(slopes, dtype).contiguous();
-  const Tensor label = support_labels.contiguous(), count = counts.contiguous(), marks = near.contiguous();
+               p = matrices(found.prototypes, n.batch);
+  const Tensor w = as_type(found.weights, dtype).contiguous(), slope = as_type(found.slopes, dtype).contiguous();
+  const Tensor label = support_labels.contiguous(), count = found.counts.contiguous(), near = found.near.contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
@@ -344,19 +334,46 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_backward(
       gradients.find_of_temperature(n, b, of_losses, slope);
       if (!gradients.of_points()) return;
       Episode<T> episode(n, q, p, b);
-      gradients.find_of_points(n, b, episode, of_losses, w, marks, count, labels);
+      gradients.find_of_points(n, b, episode, of_losses, w, near, count, labels);
     });
   });
-  return {gradient_like(gradients.support, support, need_support),
-          gradient_like(gradients.queries, queries, need_queries),
-          gradient_like(gradients.temperature, temperature, need_temperature)};
+  const auto as_input = [](const Tensor& gradient, const Tensor& input) {
+    return gradient.defined() ? as_type(gradient, input.scalar_type()) : gradient;
+  };
+  return {as_input(gradients.support, support), as_input(gradients.queries, queries),
+          as_input(gradients.temperature, temperature)};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> episode_loss(
+    const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
+    const Tensor& query_labels, int64_t num_classes, c10::string_view metric, c10::string_view reduction) {
+  const EpisodeLoss found = prototypical_loss_on_cpu(support, queries, temperature, support_labels, query_labels,
+                                                     num_classes, metric, reduction);
+  return {found.loss, found.prototypes, found.counts, found.weights, found.slopes, found.near};
+}
+
+std::tuple<Tensor, Tensor, Tensor> episode_loss_backward(
+    const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
+    const Tensor& support_labels, const Tensor& query_labels, const Tensor& prototypes, const Tensor& counts,
+    const Tensor& weights, const Tensor& slopes, const Tensor& near, int64_t num_classes, c10::string_view metric,
+    c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
+  const auto [of_support, of_queries, of_temperature] = prototypical_loss_gradients_on_cpu(
+      grad_loss, support, queries, temperature, support_labels, query_labels,
+      {Tensor(), prototypes, counts, weights, slopes, near}, num_classes, metric, reduction, need_support, need_queries,
+      need_temperature);
+  const auto defined = [&](const Tensor& gradient) {
+    return gradient.defined() ? gradient : at::empty({0}, queries.options());
+  };
+  return {defined(of_support), defined(of_queries), defined(of_temperature)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastda, CPU, m) {
-  m.impl("prototypical_loss", &prototypical_loss);
-  m.impl("prototypical_loss_backward", &prototypical_loss_backward);
+  m.impl("prototypical_loss", &episode_loss);
+  m.impl("prototypical_loss_backward", &episode_loss_backward);
 }
 
 TORCH_LIBRARY_IMPL(fastda, Autograd, m) { differentiable(m, "prototypical_loss"); }
