@@ -231,9 +231,10 @@ void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries
                std::numeric_limits<T>::quiet_NaN(), data<T>(found.prototypes) + b * n.classes * n.features,
                data<int64_t>(found.counts) + b * n.classes);
     Episode<T> episode(n, q, p, b);
-    T* of_queries = data<T>(losses) + b * n.queries;
-    episode.find_losses(t.const_data_ptr<T>()[b], labels, of_queries, data<T>(found.weights) + b * n.queries * n.classes,
-                        data<T>(found.slopes) + b * n.queries, data<bool>(found.near) + b * n.queries * n.classes);
+    const int64_t first = b * n.queries;
+    T* of_queries = data<T>(losses) + first;
+    episode.find_losses(t.const_data_ptr<T>()[b], labels, of_queries, data<T>(found.weights) + first * n.classes,
+                        data<T>(found.slopes) + first, data<bool>(found.near) + first * n.classes);
     if (n.reduces) {
       double sum = 0;
       for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(of_queries[i]);

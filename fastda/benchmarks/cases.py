@@ -452,7 +452,7 @@ CPU_CASES = (
     _episodes(20, 5, 300, 64, Figure(2.5)),
     _episodes(5, 1, 75, 640, Figure(2.5), episodes=64),
     _episodes(60, 5, 300, 1600, Figure(1.5)),
-    _episodes(60, 5, 300, 1600, Figure(4), kind="sure answers"),
+    _episodes(60, 5, 300, 1600, Figure(1.5), kind="sure answers"),
     _episodes(60, 5, 300, 1600, Figure(1), kind="classes apart"),
     _cross_entropy(
         512,
