@@ -10,6 +10,7 @@
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/record_function.h>
+#include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
@@ -55,7 +56,7 @@ struct DomainLoss : torch::autograd::Node {
       source = source_logits.unpack(), target = target_logits.unpack(), slope = slopes.unpack();
     }
     const bool need_source = task_should_compute_output(0), need_target = task_should_compute_output(1);
-    if (at::GradMode::is_enabled() || !is_plain_eager() || !is_plain(grad)) {
+    if (needs_op(grad)) {
       return by_op(grad, source, target, slope, need_source, need_target);
     }
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -97,18 +98,18 @@ struct DomainLoss : torch::autograd::Node {
 
 bool is_lean(const Tensor& logits) {
   const auto dtype = logits.scalar_type();
-  return logits.is_cpu() && logits.is_contiguous() && (dtype == at::kFloat || dtype == at::kDouble) &&
-         !logits.is_inference();
+  return logits.is_cpu() && logits.is_contiguous() && (dtype == at::kFloat || dtype == at::kDouble);
 }
 
-Tensor lean_domain_loss(const Tensor& source_logits, const Tensor& target_logits, bool mean) {
-  RECORD_FUNCTION("fastda::domain_adversarial_loss", std::vector<c10::IValue>());
+Tensor lean_domain_loss(const Tensor& source_logits, const Tensor& target_logits, bool mean, bool recorded) {
+  RECORD_FUNCTION("fastda::domain_adversarial_loss", std::vector<c10::IValue>({source_logits, target_logits}),
+                  recorded ? at::sequence_number::peek() : -1);
   UnweightedDomainLoss found;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     found = unweighted_domain_loss(source_logits, target_logits, mean);
   }
-  if (at::GradMode::is_enabled() && (source_logits.requires_grad() || target_logits.requires_grad())) {
+  if (recorded) {
     auto node = make_node<DomainLoss>(source_logits, target_logits, found, mean);
     node->set_next_edges(torch::autograd::collect_next_edges(source_logits, target_logits));
     torch::autograd::set_history(found.loss, node);
@@ -129,8 +130,10 @@ std::optional<Tensor> domain_adversarial_loss(const Tensor& source_logits, const
   }
   const auto source = plain_weight(source_weight, source_logits), target = plain_weight(target_weight, target_logits);
   if (!source || !target) return std::nullopt;
-  if (!source_weight && !target_weight && is_lean(source_logits) && is_lean(target_logits)) {
-    return lean_domain_loss(source_logits, target_logits, reduction == "mean");
+  const bool recorded = is_recorded(source_logits) || is_recorded(target_logits);
+  if (!source_weight && !target_weight && is_lean(source_logits) && is_lean(target_logits) &&
+      (!recorded || (may_save(source_logits) && may_save(target_logits)))) {
+    return lean_domain_loss(source_logits, target_logits, reduction == "mean", recorded);
   }
   static const auto op =
       c10::Dispatcher::singleton()

@@ -30,8 +30,6 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-bool is_recorded(const Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
-
 // The value of now: a schedule may overwrite its buffer before backward runs.
 Lambda snapshot(const Lambda& lambd) {
   const Tensor* tensor = std::get_if<Tensor>(&lambd);

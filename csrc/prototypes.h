@@ -17,9 +17,14 @@ std::optional<at::Tensor> prototypical_loss(const at::Tensor& support, const at:
                                             int64_t num_classes, const std::string& metric, double temperature,
                                             const std::string& reduction);
 
-// What the op returns: the loss, and what its gradients are taken from.
+// What the gradients of episodes are taken from, beside their arguments.
+struct EpisodeState {
+  at::Tensor prototypes, counts, weights, slopes, near;
+};
+
 struct EpisodeLoss {
-  at::Tensor loss, prototypes, counts, weights, slopes, near;
+  at::Tensor loss;
+  EpisodeState state;
 };
 EpisodeLoss prototypical_loss_on_cpu(const at::Tensor& support, const at::Tensor& queries,
                                      const at::Tensor& temperature, const at::Tensor& support_labels,
@@ -29,7 +34,7 @@ EpisodeLoss prototypical_loss_on_cpu(const at::Tensor& support, const at::Tensor
 // ∂L/∂ support, queries and temperature, undefined where one is not needed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> prototypical_loss_gradients_on_cpu(
     const at::Tensor& grad_loss, const at::Tensor& support, const at::Tensor& queries, const at::Tensor& temperature,
-    const at::Tensor& support_labels, const at::Tensor& query_labels, const EpisodeLoss& found, int64_t num_classes,
+    const at::Tensor& support_labels, const at::Tensor& query_labels, const EpisodeState& state, int64_t num_classes,
     c10::string_view metric, c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature);
 
 }  // namespace fastda

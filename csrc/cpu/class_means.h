@@ -42,7 +42,7 @@ void find_means(const Members& members, const T* x, int64_t samples, int64_t cla
   });
 }
 
-// In the accumulation dtype, dense.
+// x in the accumulation dtype, dense.
 inline Tensor rows_of(const Tensor& x) { return as_type(x, accumulate_type(x.scalar_type())).contiguous(); }
 
 }  // namespace

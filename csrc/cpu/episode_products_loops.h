@@ -52,7 +52,7 @@ template <typename T>
 FASTDA_INLINE void copy_rows(RowCopies<T>* copies, int64_t rows) {
   using G = Grid<T>;
   constexpr int vectors = ClassPanel<T>::vectors;
-  constexpr int64_t soon = 4;  // rows from here
+  constexpr int64_t soon = 4;  // rows from here, which are fetched to be written
   const int64_t end = least(copies->done + rows, copies->rows);
   for (; copies->done < end; ++copies->done) {
     const T* from = copies->from + copies->source[copies->done] * copies->from_stride;
@@ -91,8 +91,8 @@ FASTDA_INLINE void centre_row(const T* x, int64_t depth, const T* centre, T* cen
   if (squares) G::add_in_float64(sum, squares);
 }
 
-// Where a few rows of a few columns begin.
-struct Start {
+// The first row and column of a tile of queries.
+struct TileStart {
   int64_t row, column;
 };
 
@@ -101,34 +101,35 @@ void products_of_vectors(const T* x, int64_t stride, int64_t count, int64_t dept
                          double* squares, T* out, int64_t out_stride) {
   using P = ClassPanel<T>;
   constexpr int rows = P::rows_beside(vectors);
-  alignas(64) T centred[2][rows * P::depth] = {};  // of these rows, and of the next ones
-  int these = 0;
+  alignas(64) T centred[2][rows * P::depth] = {};  // these rows, and the next ones
+  int now = 0;
   typename Grid<T>::Vector sum[rows][vectors];
-  const auto after = [&](Start at) {
-    return at.row + rows < count ? Start{at.row + rows, at.column} : Start{0, at.column + P::depth};
+  const auto after = [&](TileStart at) {
+    return at.row + rows < count ? TileStart{at.row + rows, at.column} : TileStart{0, at.column + P::depth};
   };
-  const auto centre_one = [&](Start at, int64_t r, T* to) FASTDA_INLINE_LAMBDA {
+  const auto centre_one = [&](TileStart at, int64_t r, T* to) FASTDA_INLINE_LAMBDA {
     const int64_t row = at.row + r;
     if (row >= count || at.column >= depth) return;
     centre_row(x + row * stride + at.column, least(P::depth, depth - at.column), centre + at.column, to + r * P::depth,
                squares ? squares + row * Grid<T>::lanes : nullptr);
   };
-  Start at{0, 0};
-  for (int64_t r = 0; r < rows; ++r) centre_one(at, r, centred[these]);
+  TileStart at{0, 0};
+  for (int64_t r = 0; r < rows; ++r) centre_one(at, r, centred[now]);
   while (at.column < depth) {
-    const Start next = after(at), fetched = after(next);
+    const TileStart next = after(at), fetched = after(next);
     const int64_t some_depth = least(P::depth, depth - at.column);
     const auto prepare = [&](int64_t r) FASTDA_INLINE_LAMBDA {
-      centre_one(next, r, centred[1 - these]);
-      fetch(x + (fetched.row + r) * stride + fetched.column, P::depth + 1);  // rows that begin within a line, too
+      centre_one(next, r, centred[1 - now]);
+      const int64_t columns = least(P::depth, depth - fetched.column);
+      if (columns > 0) fetch(x + (fetched.row + r) * stride + fetched.column, columns + 1);  // and of the next line
     };
     clear<T, vectors, rows>(sum);
-    add_products_and<T, vectors, rows>(prepare, centred[these], 1, P::depth, panel + at.column * vectors * P::lanes,
+    add_products_and<T, vectors, rows>(prepare, centred[now], 1, P::depth, panel + at.column * vectors * P::lanes,
                                        some_depth, sum);
     put_rows<T, vectors, rows>(sum, least(rows, count - at.row), vectors * P::lanes, at.column > 0,
                                out + at.row * out_stride, out_stride);
     at = next;
-    these = 1 - these;
+    now = 1 - now;
   }
 }
 

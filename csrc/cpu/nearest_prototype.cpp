@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> nearest_prototype(const Tensor& queries, const Tensor
   const auto options = queries.options().dtype(accumulate_type(queries.scalar_type()));
   const Tensor best = at::empty(batched(queries, 2, {n.queries, k}), options),
                index = at::empty(best.sizes(), options.dtype(at::kLong));
-  const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor q = points_of(queries, n.batch), p = points_of(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> nearest_prototype_backward(const Tensor& grad_distanc
   const auto dtype = accumulate_type(queries.scalar_type());
   const Tensor of_queries = empty_gradient(need_queries, queries.sizes(), queries, dtype).zero_();
   const Tensor of_prototypes = empty_gradient(need_prototypes, prototypes.sizes(), prototypes, dtype).zero_();
-  const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor q = points_of(queries, n.batch), p = points_of(prototypes, n.batch);
   const Tensor grad = grad_distances.to(dtype).contiguous(), index = indices.contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);

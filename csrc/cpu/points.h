@@ -48,9 +48,9 @@ void visit_rows(const Tensor& x, const F& visit) {
   }
 }
 
-// (batch, rows, columns), or a single matrix as it is: of a small one, a view takes longer than its distances. The
-// columns are dense.
-inline Tensor matrices(const Tensor& x, int64_t batch) {
+// (batch, rows, columns), the columns dense; a single matrix may stay (rows, columns), for a view of it would take
+// longer than the distances of a small one.
+inline Tensor points_of(const Tensor& x, int64_t batch) {
   return x.dim() == 2 && x.stride(1) == 1 ? x : matrices(x, x.scalar_type(), batch);
 }
 

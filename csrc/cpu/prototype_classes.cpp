@@ -31,7 +31,7 @@ Tensor pairwise_distance(const Tensor& queries, const Tensor& prototypes, c10::s
   const Sizes n = sizes_of(queries, prototypes, metric);
   const auto dtype = accumulate_type(queries.scalar_type());
   const Tensor result = at::empty(batched(queries, 2, {n.queries, n.classes}), queries.options().dtype(dtype));
-  const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor q = points_of(queries, n.batch), p = points_of(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad_distanc
   const Sizes n = sizes_of(queries, prototypes, metric);
   check_count("grad_distances", grad_distances, n.batch * n.queries * n.classes);
   const Results results(n, queries, prototypes, need_queries, need_prototypes);
-  const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor q = points_of(queries, n.batch), p = points_of(prototypes, n.batch);
   const Tensor grad = grad_distances.to(accumulate_type(queries.scalar_type())).contiguous();
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_softmax(const Tensor& queries, cons
   const Tensor result = at::empty(batched(queries, 2, {n.queries, n.classes}), options);
   const Tensor most = at::empty(batched(queries, 2, {n.queries}), options), log_sums = at::empty(most.sizes(), options);
   const Tensor t = temperatures(temperature, n, options.dtype().toScalarType());
-  const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor q = points_of(queries, n.batch), p = points_of(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
@@ -136,8 +136,8 @@ Gradients prototype_softmax_backward(const Tensor& grad_probabilities, const Ten
   const auto dtype = accumulate_type(queries.scalar_type());
   const Results results(n, queries, prototypes, need_queries, need_prototypes);
   const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
-  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
-               p = matrices(prototypes, n.batch);
+  const Tensor t = temperatures(temperature, n, dtype), q = points_of(queries, n.batch),
+               p = points_of(prototypes, n.batch);
   const Tensor grad = grad_probabilities.to(dtype).contiguous();
   const Tensor most = largest.to(dtype).contiguous(), log_sums = log_sum.to(dtype).contiguous();
   accumulate_as(queries, [&](auto zero) {

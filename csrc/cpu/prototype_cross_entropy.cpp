@@ -198,7 +198,7 @@ CrossEntropyResult prototype_cross_entropy(const Tensor& queries, const Tensor& 
   const Targets options(targets, n, ignore_index, label_smoothing, reduction);
   const CrossEntropy result(queries, targets, n, options);
   const Tensor t = temperatures(temperature, n, accumulate_type(queries.scalar_type()));
-  const Tensor q = matrices(queries, n.batch), p = matrices(prototypes, n.batch);
+  const Tensor q = points_of(queries, n.batch), p = points_of(prototypes, n.batch);
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);
     for_batch(n.batch, [&](int64_t b) {
@@ -252,8 +252,8 @@ Gradients prototype_cross_entropy_backward(const Tensor& grad_loss, const Tensor
   const auto dtype = accumulate_type(queries.scalar_type());
   const Results results(n, queries, prototypes, need_queries, need_prototypes);
   const Tensor of_temperature = empty_gradient(need_temperature, temperature.sizes(), temperature, dtype);
-  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
-               p = matrices(prototypes, n.batch);
+  const Tensor t = temperatures(temperature, n, dtype), q = points_of(queries, n.batch),
+               p = points_of(prototypes, n.batch);
   const Tensor grad = grad_loss.to(dtype).contiguous(), existing = present.contiguous();
   const Tensor most = largest.to(dtype).contiguous(), log_sums = log_sum.to(dtype).contiguous();
   accumulate_as(queries, [&](auto zero) {
@@ -560,8 +560,8 @@ std::optional<WithGradients> prototype_cross_entropy_with_gradients(const c10::I
   const CrossEntropy result(queries, targets, n, options);
   const Results gradients(n, queries, prototypes, needs[0], needs[1]);
   const Tensor of_temperature = empty_gradient(needs[2], temperature.sizes(), temperature, dtype);
-  const Tensor t = temperatures(temperature, n, dtype), q = matrices(queries, n.batch),
-               p = matrices(prototypes, n.batch);
+  const Tensor t = temperatures(temperature, n, dtype), q = points_of(queries, n.batch),
+               p = points_of(prototypes, n.batch);
   std::atomic<bool> served{true};
   accumulate_as(queries, [&](auto zero) {
     using T = decltype(zero);

@@ -6,7 +6,7 @@
 #include "../prototypes.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>  // for prototypes.h
+#include <ATen/ops/empty.h>
 
 #include <cstring>
 #include <numeric>
@@ -217,9 +217,9 @@ Tensor result(const Tensor& queries, std::initializer_list<int64_t> shape,
 // Finds the loss of each episode.
 template <typename T>
 void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-                 const Tensor& support_labels, const Tensor& query_labels, const Tensor& losses,
-                 const EpisodeLoss& found) {
-  const Tensor x = rows_of(support), q = matrices(queries, n.batch), p = matrices(found.prototypes, n.batch);
+                 const Tensor& support_labels, const Tensor& query_labels, const Tensor& loss, const Tensor& losses,
+                 const EpisodeState& found) {
+  const Tensor x = rows_of(support), q = points_of(queries, n.batch), p = points_of(found.prototypes, n.batch);
   const Tensor t = as_type(temperature, losses.scalar_type()).contiguous();
   const Tensor support_label = support_labels.contiguous(), query_label = query_labels.contiguous();
   for_batch(n.batch, [&](int64_t b) {
@@ -238,7 +238,7 @@ void find_losses(const Episodes& n, const Tensor& support, const Tensor& queries
     if (n.reduces) {
       double sum = 0;
       for (int64_t i = 0; i < n.queries; ++i) sum += static_cast<double>(of_queries[i]);
-      data<T>(found.loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
+      data<T>(loss)[b] = static_cast<T>(n.mean ? sum / static_cast<double>(n.queries) : sum);
     }
   });
 }
@@ -297,18 +297,20 @@ EpisodeLoss prototypical_loss_on_cpu(const Tensor& support, const Tensor& querie
   const Episodes n =
       episodes_of(support, queries, temperature, support_labels, query_labels, num_classes, metric, reduction);
   const Tensor losses = result(queries, {n.queries});
-  const EpisodeLoss found{n.reduces ? result(queries, {}) : losses, result(queries, {n.classes, n.features}),
-                          result(queries, {n.classes}, at::kLong),  result(queries, {n.queries, n.classes}),
-                          result(queries, {n.queries}),             result(queries, {n.queries, n.classes}, at::kBool)};
+  EpisodeLoss found{n.reduces ? result(queries, {}) : losses,
+                    {result(queries, {n.classes, n.features}), result(queries, {n.classes}, at::kLong),
+                     result(queries, {n.queries, n.classes}), result(queries, {n.queries}),
+                     result(queries, {n.queries, n.classes}, at::kBool)}};
   accumulate_as(queries, [&](auto zero) {
-    find_losses<decltype(zero)>(n, support, queries, temperature, support_labels, query_labels, losses, found);
+    find_losses<decltype(zero)>(n, support, queries, temperature, support_labels, query_labels, found.loss, losses,
+                                found.state);
   });
   return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototypical_loss_gradients_on_cpu(
     const Tensor& grad_loss, const Tensor& support, const Tensor& queries, const Tensor& temperature,
-    const Tensor& support_labels, const Tensor& query_labels, const EpisodeLoss& found, int64_t num_classes,
+    const Tensor& support_labels, const Tensor& query_labels, const EpisodeState& found, int64_t num_classes,
     c10::string_view metric, c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
   const KernelGuard guard;
   const Episodes n =
@@ -322,8 +324,8 @@ std::tuple<Tensor, Tensor, Tensor> prototypical_loss_gradients_on_cpu(
   check_count("near", found.near, n.batch * distances);
   const EpisodeGradients gradients(support, queries, temperature, need_support, need_queries, need_temperature);
   const auto dtype = accumulate_type(queries.scalar_type());
-  const Tensor grad = as_type(grad_loss, dtype).contiguous(), q = matrices(queries, n.batch),
-               p = matrices(found.prototypes, n.batch);
+  const Tensor grad = as_type(grad_loss, dtype).contiguous(), q = points_of(queries, n.batch),
+               p = points_of(found.prototypes, n.batch);
   const Tensor w = as_type(found.weights, dtype).contiguous(), slope = as_type(found.slopes, dtype).contiguous();
   const Tensor label = support_labels.contiguous(), count = found.counts.contiguous(), near = found.near.contiguous();
   accumulate_as(queries, [&](auto zero) {
@@ -350,9 +352,9 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> episode_loss(
     const Tensor& support, const Tensor& queries, const Tensor& temperature, const Tensor& support_labels,
     const Tensor& query_labels, int64_t num_classes, c10::string_view metric, c10::string_view reduction) {
-  const EpisodeLoss found = prototypical_loss_on_cpu(support, queries, temperature, support_labels, query_labels,
-                                                     num_classes, metric, reduction);
-  return {found.loss, found.prototypes, found.counts, found.weights, found.slopes, found.near};
+  const auto [loss, state] = prototypical_loss_on_cpu(support, queries, temperature, support_labels, query_labels,
+                                                      num_classes, metric, reduction);
+  return {loss, state.prototypes, state.counts, state.weights, state.slopes, state.near};
 }
 
 std::tuple<Tensor, Tensor, Tensor> episode_loss_backward(
@@ -362,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor> episode_loss_backward(
     c10::string_view reduction, bool need_support, bool need_queries, bool need_temperature) {
   const auto [of_support, of_queries, of_temperature] = prototypical_loss_gradients_on_cpu(
       grad_loss, support, queries, temperature, support_labels, query_labels,
-      {Tensor(), prototypes, counts, weights, slopes, near}, num_classes, metric, reduction, need_support, need_queries,
+      {prototypes, counts, weights, slopes, near}, num_classes, metric, reduction, need_support, need_queries,
       need_temperature);
   const auto defined = [&](const Tensor& gradient) {
     return gradient.defined() ? gradient : at::empty({0}, queries.options());

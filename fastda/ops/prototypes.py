@@ -27,6 +27,7 @@ from ..reference.reduction import reduce
 from .fused import fused
 from .specification import specified_by
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 MANY_CLASSES = 256  # from so many on an episode's queries × classes matrix is not held
 
 
@@ -201,6 +202,7 @@ def _is_plain_call(num_classes, metric, temperature, reduction) -> bool:
         type(num_classes) is int
         and 0 < num_classes < MANY_CLASSES
         and type(temperature) in (float, int)
+        and 0 < temperature < FLOAT32_MAX
         and type(metric) is str
         and metric in METRICS
         and type(reduction) is str
