@@ -22,7 +22,9 @@ OPENMP = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
 VECTORISED = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 OPTIONS = ["/O2"] if sys.platform == "win32" else [*VECTORISED, "-g0", "-Wall", "-fvisibility=hidden"]
 LINKED = [] if sys.platform == "win32" else OPENMP
-if os.environ.get("FASTDA_SANITIZE") == "1":  # tests/sanitize.sh; vptr would need the type information of PyTorch
+VECTOR_BYTES = {"default": 16, "avx2": 32, "avx512": 64}
+SANITIZE = os.environ.get("FASTDA_SANITIZE")  # tests/sanitize.sh: 1, or an instruction set, which alone is compiled
+if SANITIZE == "1" or SANITIZE in VECTOR_BYTES:  # vptr would need the type information of PyTorch
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     OPTIONS = [*OPTIONS, "-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
     LINKED = [*LINKED, *SANITIZERS]
@@ -95,6 +97,7 @@ def compiled_core() -> dict:
             ("FASTDA_TORCH_VERSION", torch.__version__),
             ("FASTDA_CUDA_VERSION", torch.version.cuda or ""),
             *([] if no_cuda else [("FASTDA_WITH_CUDA", None)]),
+            *([("FASTDA_ONLY", str(VECTOR_BYTES[SANITIZE]))] if SANITIZE in VECTOR_BYTES else []),
         ],
         extra_compile_args={"cxx": [*OPTIONS, *OPENMP], "nvcc": ["-O3"]},
         extra_link_args=LINKED,

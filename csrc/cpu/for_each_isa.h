@@ -63,13 +63,15 @@ inline InstructionSet instruction_set() {
 
 namespace {
 
+#if !defined(FASTDA_ONLY) || FASTDA_ONLY == 16
 #define FASTDA_VECTOR_BYTES 16
 namespace baseline {
 #include FASTDA_LOOPS
 }
 #undef FASTDA_VECTOR_BYTES
+#endif
 
-#if FASTDA_X86
+#if FASTDA_X86 && (!defined(FASTDA_ONLY) || FASTDA_ONLY == 32)
 #ifdef __clang__
 FASTDA_BEGIN_AVX2
 #else
@@ -83,9 +85,15 @@ namespace avx2 {
 #undef FASTDA_VECTOR_BYTES
 #ifdef __clang__
 FASTDA_END
-FASTDA_BEGIN_AVX512
 #else
 #pragma GCC pop_options
+#endif
+#endif
+
+#if FASTDA_X86 && (!defined(FASTDA_ONLY) || FASTDA_ONLY == 64)
+#ifdef __clang__
+FASTDA_BEGIN_AVX512
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512dq,fma,prefer-vector-width=512")
 #endif
@@ -104,7 +112,7 @@ FASTDA_END
 }  // namespace
 }  // namespace fastda
 
-#if FASTDA_X86
+#if FASTDA_X86 && !defined(FASTDA_ONLY)
 #define FASTDA_RUN(...)                                                        \
   do {                                                                         \
     switch (::fastda::instruction_set()) {                                     \
@@ -113,6 +121,10 @@ FASTDA_END
       default: baseline::__VA_ARGS__;                                          \
     }                                                                          \
   } while (false)
+#elif FASTDA_X86 && FASTDA_ONLY == 64
+#define FASTDA_RUN(...) avx512::__VA_ARGS__
+#elif FASTDA_X86 && FASTDA_ONLY == 32
+#define FASTDA_RUN(...) avx2::__VA_ARGS__
 #else
 #define FASTDA_RUN(...) baseline::__VA_ARGS__
 #endif
