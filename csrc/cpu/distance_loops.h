@@ -92,7 +92,7 @@ FASTDA_INLINE void sum_features(const T* const* q, int64_t ahead, const T* const
 #pragma GCC unroll 8
     for (int64_t i = 0; i < G::queries; ++i) {
       left[i] = G::load(q[i] + d);
-      __builtin_prefetch(q[i] + d + ahead);
+      __builtin_prefetch(q[i] + d + ahead, 0, 2);  // to the second cache, which waits for more lines at a time
     }
 #pragma GCC unroll 8
     for (int64_t j = 0; j < G::classes; ++j) {

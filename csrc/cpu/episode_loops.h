@@ -27,7 +27,7 @@ FASTDA_INLINE void gradients_of_rows(const T* q, int64_t q_stride, const T* cons
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       x[r] = G::load(q + r * q_stride + d);
-      __builtin_prefetch(q + (r + rows) * q_stride + d);
+      __builtin_prefetch(q + (r + rows) * q_stride + d, 0, 2);  // to the second cache, as in sum_features
       of_query[r] = typename G::Vector{};
     }
 #pragma GCC unroll 8
