@@ -5,12 +5,12 @@
 #include "common.h"
 #include "eager.h"
 
+#include <ATen/SequenceNumber.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/log_sigmoid.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/record_function.h>
-#include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>

@@ -18,11 +18,11 @@ bool are_plain_labels(const at::Tensor& x);
 // Whether the derivative of a call on x is to be recorded; below autograd, and in inference mode, none is.
 bool is_recorded(const at::Tensor& x);
 
-// Whether a node may save x, and beside it what nobody else gets to see: hooks on saved tensors, as of checkpointing,
-// would have to.
+// Whether a lane's node may save x. What it keeps beside its inputs, hooks on saved tensors would not get to see: where
+// there are any, as in checkpointing, the op saves it.
 bool may_save(const at::Tensor& x);
 
-// Whether a node that calls kernels has to call the op instead, for its gradient is recorded or transformed.
+// Whether a lane's node has to call the op, since what it does with this gradient is recorded or transformed.
 bool needs_op(const at::Tensor& grad);
 
 }  // namespace fastda

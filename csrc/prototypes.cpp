@@ -5,9 +5,9 @@
 #include "eager.h"
 
 #include <ATen/ScalarOps.h>
+#include <ATen/SequenceNumber.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
-#include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cmath>
@@ -35,8 +35,8 @@ struct Options {
 // node of its own takes the place of the dispatcher's passes. Where its gradient is to be recorded or transformed, the
 // op takes over.
 struct PrototypicalLoss : torch::autograd::Node {
-  PrototypicalLoss(const Tensor& support, const Tensor& support_labels, const Tensor& queries, const Tensor& query_labels,
-              Tensor temperature, EpisodeState state, Options options)
+  PrototypicalLoss(const Tensor& support, const Tensor& support_labels, const Tensor& queries,
+                   const Tensor& query_labels, Tensor temperature, EpisodeState state, Options options)
       : support(support, /*is_output=*/false),
         support_labels(support_labels, /*is_output=*/false),
         queries(queries, /*is_output=*/false),
@@ -67,8 +67,8 @@ struct PrototypicalLoss : torch::autograd::Node {
                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt,
                   c10::string_view, c10::string_view, bool, bool, bool)>();
       gradients = op.call(grad, s, q, temperature, s_labels, q_labels, found.prototypes, found.counts, found.weights,
-                          found.slopes, found.near, options.num_classes, options.metric, options.reduction, need_support, need_queries,
-                          /*need_temperature=*/false);
+                          found.slopes, found.near, options.num_classes, options.metric, options.reduction,
+                          need_support, need_queries, /*need_temperature=*/false);
     } else {
       gradients = prototypical_loss_gradients_on_cpu(grad, s, q, temperature, s_labels, q_labels, found,
                                                      options.num_classes, options.metric, options.reduction,
