@@ -638,6 +638,20 @@ def test_gradients_of_the_support_are_divided_as_a_division_rounds(dtype, classe
     assert_close(found[1], (found[0] / shots).repeat(shots, 1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_of_one_feature_cancel_but_for_rounding(dtype):
+    """Each query pulls the only class that has support by 1, up or down; the reference has the sum without rounding."""
+    queries, support = torch.randn(300, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    found = []
+    for module in (fastda, fastda.reference):
+        leaf = support.clone().requires_grad_()
+        losses = module.prototypical_loss(
+            leaf, torch.zeros(1, dtype=torch.long), queries, torch.ones(300, dtype=torch.long), 2, metric="euclidean"
+        )
+        found.append(torch.autograd.grad(losses, leaf)[0])
+    assert_close(*found, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.compiled_core
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_gradients_of_points_that_are_not_finite_are_taken_in_the_backward_pass(value):
