@@ -12,6 +12,7 @@
 #include "points.h"
 
 #include <limits>
+#include <string_view>
 #include <vector>
 
 namespace fastda {
@@ -55,8 +56,11 @@ void finish_prototypes(const Points<T>& p, T* grad) {
 }
 
 inline void check_label(const char* name, int64_t label, int64_t classes) {
-  TORCH_CHECK_INDEX(label >= 0 && label < classes, name, ": expected labels in 0 ... ", classes - 1,
-                    " (num_classes - 1), got ", label, "; relabel the classes or raise num_classes");
+  if (label >= 0 && label < classes) return;
+  const bool of_prototypes = std::string_view(name) == "targets";
+  TORCH_CHECK_INDEX(false, name, ": expected labels in 0 ... ", classes - 1,
+                    of_prototypes ? " (prototypes - 1), got " : " (num_classes - 1), got ", label,
+                    "; relabel the classes or ", of_prototypes ? "add prototypes" : "raise num_classes");
 }
 
 inline void check_labels(const char* name, const Tensor& labels, int64_t count) {

@@ -61,9 +61,10 @@ def labels_in_range(name: str, labels: Tensor, num_classes: int) -> tuple[Tensor
         return classes.index_select(0, labels.reshape(-1)).view(labels.shape), None
     except IndexError:
         wrong = labels[(labels < 0) | (labels >= num_classes)]
+        known, cure = ("prototypes", "add prototypes") if name == "targets" else ("num_classes", "raise num_classes")
         raise IndexError(
-            f"{name}: expected labels in 0 ... {num_classes - 1} (num_classes - 1), got {int(wrong[0])}; "
-            f"relabel the classes or raise num_classes"
+            f"{name}: expected labels in 0 ... {num_classes - 1} ({known} - 1), got {int(wrong[0])}; "
+            f"relabel the classes or {cure}"
         ) from None
 
 
@@ -189,9 +190,14 @@ def pairwise_distance(queries: Tensor, prototypes: Tensor, *, metric: str = "sqe
         TypeError: features that are not floating tensors.
         ValueError: shapes or devices that do not fit, an unknown metric.
 
-    Differentiable any number of times with respect to both inputs. Equal points are at distance 0, with gradient 0. The
-    cosine similarity to a zero vector is 0, with gradient 0. NaN and Inf propagate; the gradient of an infinite
-    feature, here infinite where all its terms have one sign, may be NaN from fused kernels.
+    Differentiable any number of times with respect to both inputs; a second derivative holds all differences,
+    `(..., Q, C, D)`. Equal points are at distance 0, with gradient 0; for the cosine but for rounding, as 1 − cos is
+    exact to the last digits of 1: points near each other and far from zero are told apart by "euclidean". The cosine
+    similarity to a zero vector is 0, with gradient 0. NaN and Inf propagate; the gradient of an infinite feature, here
+    infinite where all its terms have one sign, may be NaN from fused kernels.
+
+    Source: Snell, Swersky & Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017, who compare the squared
+    Euclidean distance and the cosine.
 
     Example:
         >>> import torch, fastda
@@ -209,6 +215,8 @@ def nearest_prototype(
 ) -> tuple[Tensor, Tensor]:
     r"""The k nearest prototypes of each query, nearest first; ties go to the lower index.
 
+    .. math:: i_{q1}, \ldots, i_{qk} = \text{the classes } c \text{ of the smallest } d(q, p_c)
+
     Args:
         queries: features of shape `(..., Q, D)`. float32, float64, bfloat16 or float16.
         prototypes: `(..., C, D)`, with the same batch dimensions.
@@ -216,14 +224,17 @@ def nearest_prototype(
         k: how many, at most C.
 
     Returns:
-        distances `(..., Q, k)` and indices `(..., Q, k)` (int64). Empty classes (NaN in all components) come last, at
-        distance NaN.
+        distances `(..., Q, k)`, float64 for float64 features, else float32, and indices `(..., Q, k)` (int64). Empty
+        classes (NaN in all components) come last, at distance NaN.
 
     Raises:
         TypeError: features that are not floating tensors.
         ValueError: shapes or devices that do not fit, an unknown metric, `k` below 1 or above C.
 
     The distances are differentiable any number of times with respect to both inputs.
+
+    Source: Mensink, Verbeek, Perronnin & Csurka, Metric Learning for Large Scale Image Classification, ECCV 2012 (the
+    nearest class mean).
 
     Example:
         >>> import torch, fastda
@@ -308,7 +319,10 @@ def prototype_softmax(
 ) -> Tensor:
     r"""Probabilities of the classes of each query: the exponential of :func:`fastda.prototype_log_softmax`.
 
-    Arguments, errors and differentiability are the same. An empty class has probability 0.
+    .. math:: p_{qc} = e^{\ell_{qc}} / \sum_{c'} e^{\ell_{qc'}}, \qquad \ell_{qc} = -d(q, p_c) / T
+
+    Arguments, errors and differentiability are the same, and so are shapes, dtypes and source. An empty class has
+    probability 0.
 
     Example:
         >>> import torch, fastda
@@ -355,7 +369,9 @@ def prototype_cross_entropy(
         ValueError: shapes or devices that do not fit, an unknown option, numbers out of their bounds.
         IndexError: a target out of range, on the CPU. On a GPU that query's loss is NaN.
 
-    Differentiable any number of times with respect to queries, prototypes and temperature.
+    Differentiable any number of times with respect to queries, prototypes and temperature. Of many classes nothing of
+    the size Q × C is held, forward or backward; features in half precision, and a graph that is kept, hold one more
+    gradient of the prototypes, in float32. A second derivative is the formula's, which holds `(..., Q, C, D)`.
 
     Source: Snell, Swersky & Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017.
 
@@ -428,6 +444,9 @@ def prototypical_loss(
 
     Class means of the support (:func:`fastda.class_means`), distances of the queries to them, softmax over the classes,
     cross-entropy (:func:`fastda.prototype_cross_entropy`).
+
+    .. math:: p_c = \frac{1}{n_c} \sum_{s: y_s = c} x_s, \qquad
+        L = -\frac{1}{Q} \sum_q \log \frac{e^{-d(q, p_{y_q}) / T}}{\sum_c e^{-d(q, p_c) / T}}
 
     Args:
         support: features of shape `(..., S, D)`. float32, float64, bfloat16 or float16.
