@@ -638,6 +638,14 @@ def test_gradients_of_the_support_are_divided_as_a_division_rounds(dtype, classe
     assert_close(found[1], (found[0] / shots).repeat(shots, 1), rtol=0, atol=0)
 
 
+def test_a_temperature_beyond_float32():
+    draw = Draw(Sizes(features=3))
+    points, labels = draw.samples(6), torch.arange(6) % 4
+    for module in (fastda, fastda.reference):
+        loss = module.prototypical_loss(points, labels, points, labels, 4, temperature=1e300)
+        assert_close(loss, torch.tensor(math.log(4)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_directions_of_one_feature_cancel_but_for_rounding(dtype):
     """Each query pulls the only class that has support by 1, up or down; the reference has the sum without rounding."""

@@ -193,7 +193,8 @@ def _temperature_of_each(temperature: float | Tensor, queries: Tensor) -> Tensor
         return temperature.to(dtype).expand(batch)
     if torch.compiler.is_compiling():  # a product: torch.full would be compiled anew for each value
         return torch.ones(batch, dtype=dtype, device=queries.device) * temperature
-    return torch.full(batch, temperature, dtype=dtype, device=queries.device)
+    largest = torch.finfo(dtype).max  # which does to any distance what a number beyond it would
+    return torch.full(batch, min(temperature, largest), dtype=dtype, device=queries.device)
 
 
 def _is_plain_call(num_classes, metric, temperature, reduction) -> bool:
