@@ -10,7 +10,6 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <cmath>
 #include <mutex>
 
 namespace fastda {
@@ -97,8 +96,7 @@ std::optional<Tensor> prototypical_loss(const Tensor& support, const Tensor& sup
                                         const Tensor& query_labels, int64_t num_classes, const std::string& metric,
                                         double temperature, const std::string& reduction) {
   if (!is_plain_eager() || !is_plain_set(support, support_labels) || !is_plain_set(queries, query_labels) ||
-      support.size(1) != queries.size(1) || support.scalar_type() != queries.scalar_type() || !(temperature > 0) ||
-      !std::isfinite(temperature)) {
+      support.size(1) != queries.size(1) || support.scalar_type() != queries.scalar_type()) {
     return std::nullopt;
   }
   const bool recorded = is_recorded(support) || is_recorded(queries);

@@ -11,7 +11,7 @@
 
 namespace fastda {
 
-// Nothing where Python has to look at the arguments.
+// Nothing where Python has to look at the tensors; it has looked at the options.
 std::optional<at::Tensor> prototypical_loss(const at::Tensor& support, const at::Tensor& support_labels,
                                             const at::Tensor& queries, const at::Tensor& query_labels,
                                             int64_t num_classes, const std::string& metric, double temperature,

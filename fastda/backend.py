@@ -7,8 +7,9 @@
 
 Both concern the ops that have a kernel in that backend; the others are the reference. At installation
 `FASTDA_NO_KERNELS=1` leaves the compiled core out, `FASTDA_FORCE_CUDA=1` makes it an error where its kernels for CUDA
-cannot be built, and `FASTDA_SANITIZE=1` compiles it for tests/sanitize.sh. `TRITON_INTERPRET=1`, Triton's own switch,
-set before Triton is imported, runs its kernels on CPU tensors, slowly: for tests.
+cannot be built, and `FASTDA_SANITIZE=1` (or `avx512`, `avx2`, `default`: one instruction set alone) compiles it for
+tests/sanitize.sh. `TRITON_INTERPRET=1`, Triton's own switch, set before Triton is imported, runs its kernels on CPU
+tensors, slowly: for tests.
 """
 
 from __future__ import annotations
